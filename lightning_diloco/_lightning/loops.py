@@ -1,0 +1,417 @@
+"""Lightning's training loop, with every worker inside one of its steps.
+
+Owns *when*: where in the loop the workers have their turns, where a round ends, what is live during validation. Holds
+no state of its own, so that ``loop.state_dict()`` stays Lightning's. The live loop objects of one Trainer are
+re-classed for the time of a fit and given their classes back at its end; nothing global is patched.
+
+Private because no public hook sees every path: while accumulating gradients Lightning calls the closure without the
+strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's own ``optimizer_step``. The signatures
+used here are the same from Lightning 2.1 to 2.6.6; :func:`verify` checks them before anything is touched.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import __version__ as lightning_version
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from lightning_diloco._lightning.data import original, set_epoch, split_batch
+from lightning_diloco._lightning.results import WorkerResults
+
+if TYPE_CHECKING:
+    from lightning_diloco.strategy import DilocoStrategy
+
+Outputs = dict[str, Any]
+
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class DilocoFitLoop(_FitLoop):
+    """The fit loop, which tells the strategy when training starts and ends."""
+
+    @property
+    def _strategy(self) -> "DilocoStrategy":
+        return _strategy_of(self.trainer)
+
+    @override
+    def setup_data(self) -> None:
+        # `Strategy.process_dataloader` isn't told the stage, and `trainer.training` is True for validation loaders too
+        with self._strategy.dealing_training_data():
+            super().setup_data()
+        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher):
+            raise MisconfigurationException(
+                "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
+                " to its workers. Use `training_step(self, batch, batch_idx)`."
+            )
+
+    @override
+    def on_run_start(self) -> None:
+        self._strategy.start_engine()
+        super().on_run_start()
+
+    @override
+    def on_advance_start(self) -> None:
+        super().on_advance_start()
+        assert self._combined_loader is not None
+        epoch = int(self.epoch_progress.current.processed)  # type: ignore[attr-defined]  # what Lightning tells samplers
+        for loader in self._combined_loader.flattened:
+            set_epoch(loader, epoch)
+
+    @override
+    def on_advance_end(self) -> None:
+        connector = self.trainer._logger_connector
+        connector.epoch_end_reached()  # from here on the collections give epoch values
+        values = _worker_values(self.epoch_loop._results, on_step=False)
+        super().on_advance_end()
+        if values:
+            _log(self.trainer, values, self.epoch_loop._batches_that_stepped - 1)
+        self._strategy.engine.adopt()
+
+    @override
+    def on_run_end(self) -> None:
+        self._strategy.finish_training()  # before callbacks' on_train_end: EMA and SWA write their weights there
+        super().on_run_end()
+
+
+class DilocoEpochLoop(_TrainingEpochLoop):
+    """The loop over batches: one Lightning step is one local step of every worker."""
+
+    @override
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        if self._resumes_after_validation(data_fetcher):
+            return
+        trainer, engine = self.trainer, _strategy_of(self.trainer).engine
+        connector = trainer._logger_connector
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and trainer.world_size > 1:
+            self._broadcast_sigterm_tensor()
+
+        fetched, _, _ = next(data_fetcher)
+        batch_idx = self.batch_idx + 1
+        self.batch_progress.is_last_batch = data_fetcher.done
+        engine.begin_step()
+        batches = self._transfer(split_batch(fetched, engine.local_workers))
+        batch = next(iter(batches.values()))  # callbacks see the first worker's, as on rank 0 under DDP
+        self.batch_progress.increment_ready()
+        connector.on_batch_start(batch)
+
+        outputs: dict[int, Outputs] = {}
+        end_of_epoch = False
+        if all(b is None for b in batches.values()):
+            self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+        else:
+            call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
+            responses = self._module_hook("on_train_batch_start", batches, lambda w: (batches[w], batch_idx))
+            call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
+            end_of_epoch = -1 in responses
+            if end_of_epoch:
+                self.batch_progress.increment_by(0, is_last_batch=True)
+            else:
+                self.batch_progress.increment_started()
+                with trainer.profiler.profile("run_training_batch"):
+                    outputs = self._run_workers(batches, batch_idx)
+                with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
+                    _strategy_of(trainer).deliver(engine.end_step())
+        self.batch_progress.increment_processed()
+
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if self._num_ready_batches_reached():
+            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        if end_of_epoch:
+            raise StopIteration
+
+        call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
+        self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+        connector.on_batch_end()
+        self.batch_progress.increment_completed()
+        connector.update_train_step_metrics()
+        accumulating = self._should_accumulate() and trainer.lightning_module.automatic_optimization
+        if not accumulating and (connector.should_update_logs or trainer.fast_dev_run):
+            _log(trainer, _worker_values(self._results, on_step=True), self._batches_that_stepped)
+
+    def _resumes_after_validation(self, data_fetcher: _DataFetcher) -> bool:
+        """After loading a checkpoint saved around a validation: whether this call has no batch to train on."""
+        if self.restarting and self._should_check_val_fx(data_fetcher):
+            if self.val_loop.restarted_mid_evaluation:
+                return True
+            if self.restarted_on_last:
+                self._skip_next_val = True
+                return True
+            self.val_loop.increment_progress_to_evaluation_end()
+        self.val_loop.restarting = False
+        return False
+
+    def _transfer(self, batches: dict[int, Any]) -> dict[int, Any]:
+        """Moves each worker's batch to the device, in the worker's turn if the project takes part in that."""
+        trainer = self.trainer
+        module = trainer.lightning_module
+        owners = [o for o in (module, trainer.datamodule) if o is not None]
+        in_turn = any(is_overridden(hook, o) for hook in _TRANSFER_HOOKS for o in owners)
+
+        def move(batch: Any) -> Any:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+        if not in_turn:
+            return {w: move(batch) for w, batch in batches.items()}
+        moved = {}
+        for w, batch in batches.items():
+            with self._turn(w, batch):
+                moved[w] = move(batch)
+        return moved
+
+    def _run_workers(self, batches: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
+        """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
+        engine = _strategy_of(self.trainer).engine
+        automatic = self.trainer.lightning_module.automatic_optimization
+        active = engine.algorithm.active(engine.local_steps + 1)
+        turns = {
+            w: self._build_kwargs(OrderedDict(), batch, batch_idx)
+            for w, batch in batches.items()
+            if batch is not None and w in active
+        }
+        if engine.algorithm.needs_gradients and automatic and not self._should_accumulate():
+            outputs = self._run_after_all_backwards(turns, batch_idx)
+        else:
+            outputs = {}
+            for w in self._each_worker(turns):
+                with self._turn(w, batches[w]):
+                    if automatic:
+                        optimizer = self.trainer.optimizers[0]
+                        outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
+                    else:
+                        outputs[w] = self.manual_optimization.run(turns[w])
+        self._results_fold()
+        return outputs
+
+    def _run_after_all_backwards(self, turns: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
+        """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
+        engine, loop = _strategy_of(self.trainer).engine, self.automatic_optimization
+        closures: dict[int, _Finished] = {}
+        for w, kwargs in turns.items():
+            with self._turn(w, kwargs.get("batch"), keep_gradients=True):
+                closure = loop._make_closure(kwargs, self.trainer.optimizers[0], batch_idx)
+                closures[w] = _Finished(closure())
+                closures[w].output = closure.consume_result().asdict()
+        engine.before_inner_steps()
+        for w in self._each_worker(turns):
+            with self._turn(w, turns[w].get("batch")):
+                loop._optimizer_step(batch_idx, closures[w])
+        return {w: {} if c.loss is None else c.output for w, c in closures.items()}
+
+    def _each_worker(self, turns: Mapping[int, Any]) -> Iterator[int]:
+        """The workers in order, each of which finds the progress counters as the first one did."""
+        counters = _trackers(self.automatic_optimization, self.manual_optimization)
+        start = [dict(vars(c)) for c in counters]
+        for i, w in enumerate(turns):
+            if i:
+                for counter, values in zip(counters, start, strict=True):
+                    vars(counter).update(values)
+            yield w
+
+    def _module_hook(
+        self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]
+    ) -> list[Any]:
+        """A hook of the LightningModule, once per worker in its turn, as on every rank under DDP."""
+        trainer = self.trainer
+        if not is_overridden(name, trainer.lightning_module):
+            return []
+        responses = []
+        for w, batch in batches.items():
+            with self._turn(w, batch):
+                responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
+        self._results_fold()
+        return responses
+
+    @contextmanager
+    def _turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:
+        strategy = _strategy_of(self.trainer)
+        connector, results = self.trainer._logger_connector, self._results
+        assert isinstance(results, WorkerResults)
+        first_iteration = connector._first_loop_iter
+        if first_iteration and worker != strategy.engine.local_workers[0]:
+            connector._first_loop_iter = False  # else the first log() of a hook drops the values of the workers before
+        keep = keep_gradients or self._should_accumulate() or strategy.project_keeps_gradients
+        try:
+            with results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
+                yield
+        finally:
+            connector._first_loop_iter = first_iteration
+
+    def _results_fold(self) -> None:
+        assert isinstance(self._results, WorkerResults)
+        self._results.fold()
+
+
+class DilocoValidationLoop(_EvaluationLoop):
+    """Validation during fit, which sees the weights that ``eval_weights`` names."""
+
+    @override
+    def run(self) -> list[Any]:
+        with _strategy_of(self.trainer).evaluation():  # outside inference mode, so that the mean is an ordinary tensor
+            outputs: list[Any] = super().run()
+            return outputs
+
+
+class _Finished:
+    """A closure whose forward and backward are done: calling it returns the loss."""
+
+    def __init__(self, loss: torch.Tensor | None) -> None:
+        self.loss = loss
+        self.output: Outputs = {}
+
+    def __call__(self, *_: Any, **__: Any) -> torch.Tensor | None:
+        return self.loss
+
+
+# -------------------------------------------------------------------------------------------- installation
+
+_CLASSES: dict[type, type] = {
+    _FitLoop: DilocoFitLoop,
+    _TrainingEpochLoop: DilocoEpochLoop,
+    _EvaluationLoop: DilocoValidationLoop,
+    _ResultCollection: WorkerResults,
+}
+
+_SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
+    (_FitLoop, "setup_data"): ("self",),
+    (_FitLoop, "on_run_start"): ("self",),
+    (_FitLoop, "on_advance_start"): ("self",),
+    (_FitLoop, "on_advance_end"): ("self",),
+    (_FitLoop, "on_run_end"): ("self",),
+    (_TrainingEpochLoop, "advance"): ("self", "data_fetcher"),
+    (_TrainingEpochLoop, "update_lr_schedulers"): ("self", "interval", "update_plateau_schedulers"),
+    (_TrainingEpochLoop, "_build_kwargs"): ("self", "kwargs", "batch", "batch_idx"),
+    (_TrainingEpochLoop, "_should_accumulate"): ("self",),
+    (_TrainingEpochLoop, "_num_ready_batches_reached"): ("self",),
+    (_TrainingEpochLoop, "_should_check_val_fx"): ("self", "data_fetcher"),
+    (_TrainingEpochLoop, "_broadcast_sigterm_tensor"): ("self",),
+    (_EvaluationLoop, "run"): ("self", "args", "kwargs"),  # as its decorator shows them
+    (_EvaluationLoop, "increment_progress_to_evaluation_end"): ("self",),
+    (_AutomaticOptimization, "run"): ("self", "optimizer", "batch_idx", "kwargs"),
+    (_AutomaticOptimization, "_make_closure"): ("self", "kwargs", "optimizer", "batch_idx"),
+    (_AutomaticOptimization, "_optimizer_step"): ("self", "batch_idx", "train_step_and_backward_closure"),
+    (_ManualOptimization, "run"): ("self", "kwargs"),
+    (_LoggerConnector, "on_batch_start"): ("self", "batch", "dataloader_idx"),
+    (_LoggerConnector, "on_batch_end"): ("self",),
+    (_LoggerConnector, "epoch_end_reached"): ("self",),
+    (_LoggerConnector, "update_train_step_metrics"): ("self",),
+    (_ResultCollection, "update_metrics"): ("self", "key", "value", "batch_size"),
+    (_ResultCollection, "metrics"): ("self", "on_step"),
+    (_ResultCollection, "reset"): ("self", "metrics", "fx"),
+}
+
+
+def verify() -> None:
+    """Raises if the installed Lightning's private surface is not the one this package was written for."""
+    for (owner, method), expected in _SIGNATURES.items():
+        function = getattr(owner, method, None)
+        found = None if function is None else tuple(inspect.signature(inspect.unwrap(function)).parameters)
+        if found != tuple(expected):
+            raise RuntimeError(
+                f"lightning {lightning_version} has changed `{owner.__name__}.{method}`: expected the parameters"
+                f" {tuple(expected)}, found {found}. lightning_diloco works inside Lightning's loops and needs"
+                " lightning>=2.6,<2.7; install that, or a lightning_diloco made for yours."
+            )
+
+
+def install(trainer: Trainer, per_worker: bool) -> None:
+    """Re-classes the loops of ``trainer`` for a fit; ``per_worker`` keeps logged values of each worker, too."""
+    verify()
+    for holder in _live_objects(trainer):
+        cls = type(holder)
+        if cls in _CLASSES.values():
+            continue
+        if cls not in _CLASSES:
+            raise MisconfigurationException(
+                f"The Trainer's loops were replaced: found a {cls.__module__}.{cls.__name__} where Lightning has one"
+                " of its own. DilocoStrategy runs its workers inside Lightning's loops; remove the replacement."
+            )
+        holder.__class__ = _CLASSES[cls]
+    results = trainer.fit_loop.epoch_loop._results
+    assert isinstance(results, WorkerResults)
+    results.prepare(_strategy_of(trainer).local_workers, per_worker)
+
+
+def uninstall(trainer: Trainer) -> None:
+    """Gives the loops their classes back, and the user's loaders to the loader collection they came in."""
+    fit_loop = trainer.fit_loop
+    if fit_loop._combined_loader is not None:
+        fit_loop._combined_loader.reset()  # ends the processes of the dealt loaders, which are about to be let go
+        fit_loop._data_fetcher = None  # its own teardown would now ask the loader for a length that it no longer knows
+        fit_loop._combined_loader.flattened = [original(loader) for loader in fit_loop._combined_loader.flattened]
+    back = {diloco: own for own, diloco in _CLASSES.items()}
+    for holder in _live_objects(trainer):
+        holder.__class__ = back.get(type(holder), type(holder))
+
+
+def _live_objects(trainer: Trainer) -> list[Any]:
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return [trainer.fit_loop, epoch_loop, epoch_loop.val_loop, epoch_loop._results]
+
+
+# -------------------------------------------------------------------------------------------- small readings
+
+
+def logging_step(trainer: Trainer, after_training: bool = False) -> int:
+    """The step at which Lightning logs the present batch (after training: the last one); no public name says it."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(after_training)
+
+
+def uses_distributed_sampler(trainer: Trainer) -> bool:
+    """The user's ``Trainer(use_distributed_sampler=)``; no public attribute keeps it."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
+def overfits(trainer: Trainer) -> bool:
+    """Whether ``Trainer(overfit_batches=)`` is in force; set on the Trainer without being declared."""
+    return bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+
+
+def _strategy_of(trainer: Trainer) -> "DilocoStrategy":
+    from lightning_diloco.strategy import DilocoStrategy
+
+    assert isinstance(trainer.strategy, DilocoStrategy)
+    return trainer.strategy
+
+
+def _trackers(automatic: _AutomaticOptimization, manual: _ManualOptimization) -> list[Any]:
+    progress = automatic.optim_progress.optimizer
+    pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
+    return [tracker for pair in pairs for tracker in (pair.total, pair.current)]
+
+
+def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
+    """What callbacks get: the first worker's outputs with the mean loss of all."""
+    if len(outputs) < 2:
+        return next(iter(outputs.values()), None)
+    first = next(iter(outputs.values()))
+    losses = [o["loss"] for o in outputs.values() if isinstance(o.get("loss"), torch.Tensor)]
+    return {**first, "loss": torch.stack(losses).mean()} if "loss" in first else first
+
+
+def _worker_values(results: _ResultCollection, on_step: bool) -> Mapping[str, torch.Tensor]:
+    assert isinstance(results, WorkerResults)
+    return results.worker_values(on_step)
+
+
+def _log(trainer: Trainer, values: Mapping[str, torch.Tensor], step: int) -> None:
+    if values:
+        for logger in trainer.loggers:
+            logger.log_metrics({k: float(v) for k, v in values.items()}, step=step)

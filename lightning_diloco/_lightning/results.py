@@ -1,0 +1,98 @@
+"""What the workers log: one value from N.
+
+Owns folding the values of one step, and the optional per-worker copies. Epoch values need nothing: Lightning
+accumulates them over all calls of ``self.log``, weighted by each worker's batch size.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from torch import Tensor
+from typing_extensions import override
+
+
+class WorkerResults(_ResultCollection):
+    """Lightning's collection of logged values, told whose turn it is.
+
+    Private because nothing public sees several values of one key within a step: ``_ResultMetric._forward_cache`` keeps
+    the last one. Installed by re-classing the live object, so instances get their attributes from :meth:`prepare`.
+    """
+
+    _worker: int | None
+    _step_values: dict[str, dict[int, Any]]
+    _own: dict[int, _ResultCollection]
+
+    def prepare(self, workers: list[int], per_worker: bool) -> None:
+        """Called once after re-classing; ``per_worker`` keeps a complete collection for each worker too."""
+        self._worker = None
+        self._step_values = {}
+        self._own = {w: _ResultCollection(training=True) for w in workers} if per_worker else {}
+
+    @contextmanager
+    def turn(self, worker: int, batch: Any) -> Iterator[None]:
+        """What is logged inside is ``worker``'s, about ``batch`` (from which Lightning reads the batch size)."""
+        self._worker = worker
+        for collection in self._collections(worker):
+            collection.batch, collection.batch_size = batch, None
+        try:
+            yield
+        finally:
+            self._worker = None
+
+    @override
+    def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        super().log(fx, name, value, *args, **kwargs)
+        if self._worker in self._own and isinstance(value, Tensor):
+            self._own[self._worker].log(fx, name, value, *args, **kwargs)
+
+    @override
+    def update_metrics(self, key: str, value: Any, batch_size: int) -> None:
+        super().update_metrics(key, value, batch_size)
+        cache = self[key]._forward_cache
+        if self._worker is not None and self[key].meta.on_step and isinstance(cache, Tensor):
+            self._step_values.setdefault(key, {})[self._worker] = cache
+
+    def fold(self) -> None:
+        """After the workers' turns: the step value of each key becomes its reduction over the workers that logged"
+        " it.
+        """
+        for key, by_worker in self._step_values.items():
+            metric, values = self[key], list(by_worker.values())
+            if len(values) > 1:
+                device = values[0].device
+                reduced = _reduction(metric.meta)(torch.stack([v.to(device) for v in values]))
+                metric._forward_cache = reduced
+                if metric.is_tensor and not metric.meta.on_epoch:
+                    metric.value = reduced
+        self._step_values = {}
+
+    def worker_values(self, on_step: bool) -> Mapping[str, Tensor]:
+        """``key/worker_i`` → value, for all keys meant for loggers."""
+        return {
+            f"{name}/worker_{w}": value
+            for w, own in self._own.items()
+            for name, value in own.metrics(on_step)["log"].items()
+        }
+
+    @override
+    def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
+        super().reset(metrics, fx)
+        for own in self._own.values():
+            own.reset(metrics, fx)
+
+    def _collections(self, worker: int) -> list[_ResultCollection]:
+        return [self, *([self._own[worker]] if worker in self._own else [])]
+
+
+def _reduction(meta: Any) -> Any:
+    """The metric's own ``reduce_fx``, for values of one step stacked over workers."""
+    if meta.is_mean_reduction:
+        return torch.mean
+    if meta.is_max_reduction:
+        return torch.max
+    if meta.is_min_reduction:
+        return torch.min
+    return torch.sum if meta.is_sum_reduction else meta.reduce_fx

@@ -1,0 +1,104 @@
+"""The interface between the engine and an algorithm, and the report of one outer step.
+
+Owns no state and no arithmetic. An algorithm decides when workers communicate, what they exchange and what each does
+with it; everything it may touch is in the :class:`~lightning_diloco.context.SyncContext` it is given.
+
+Symbols, here and in every algorithm:
+
+=========  =============================================================================
+N          number of workers (``num_nodes``)
+H          local steps per round (``diloco_interval``)
+θ          outer model: the shared weights between rounds (``ctx.outer``)
+θ_i        replica of worker i (``ctx.replicas``)
+Δ_i        pseudo-gradient of worker i, θ − θ_i: old minus new, so that minimisers descend
+Δ          mean of the Δ_i (never their sum)
+=========  =============================================================================
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_diloco.context import SyncContext
+
+
+@dataclass(frozen=True)
+class OuterStepReport:
+    """What happened at one synchronisation.
+
+    Attributes:
+        step: local steps done, from 1.
+        outer_step: synchronisations done, from 1.
+        kind: "round" after H local steps, "flush" for the partial round at the end of training; algorithms may add
+            others.
+        pseudo_gradient_norm: ‖Δ‖₂ over all trainable parameters.
+        drift: per worker ‖θ_i − θ‖₂ / ‖θ‖₂, with θ as it was before the step (the bare distance where ‖θ‖ = 0).
+        cosine: mean over pairs of workers of the cosine between Δ_i and Δ_j (a zero Δ_i counts as orthogonal to all);
+            None with fewer than two participants.
+        payload_bytes: bytes that each worker sent this round, one direction: Δ plus whatever buffers or state were
+            averaged.
+        participants: global ids of the workers whose Δ_i entered the mean.
+        seconds: wall-clock time of the synchronisation.
+    """
+
+    step: int
+    outer_step: int
+    kind: str
+    pseudo_gradient_norm: float
+    drift: tuple[float, ...]
+    cosine: float | None
+    payload_bytes: int
+    participants: tuple[int, ...]
+    seconds: float
+
+
+class SyncAlgorithm(ABC):
+    """When workers communicate, what they exchange, and what each does with it.
+
+    A subclass implements :meth:`after_inner_step`; see :class:`~lightning_diloco.Diloco` for the usual shape. One
+    object serves one fit at a time and starts afresh at each :meth:`setup`.
+    """
+
+    needs_gradients: ClassVar[bool] = False
+    """True: the backward passes of all workers come first, then :meth:`before_inner_step`, then all inner steps."""
+
+    outer_defaults: ClassVar[Mapping[str, Any] | None] = None
+    """Published arguments for ``torch.optim.SGD`` as outer optimizer; None: the algorithm has no outer optimizer."""
+
+    ctx: "SyncContext"
+
+    def setup(self, ctx: "SyncContext") -> None:
+        """Called once before the first step of a fit."""
+        self.ctx = ctx
+
+    def active(self, tick: int) -> Collection[int]:
+        """The workers that take a local step at ``tick`` (from 1). Default: all."""
+        return self.ctx.workers
+
+    def before_inner_step(self, tick: int) -> None:  # noqa: B027 (most algorithms leave gradients alone)
+        """With ``needs_gradients``: may change the workers' gradients (``ctx.gradients``) before anyone steps."""
+
+    @abstractmethod
+    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
+        """Called after every local step; ``tick`` is the number of completed local steps, from 1."""
+
+    def flush(self, tick: int) -> Sequence[OuterStepReport]:
+        """One last synchronisation on a partial round, when training ends normally. Default: none."""
+        return []
+
+    def publish(self) -> Mapping[str, Tensor]:
+        """Parameter name → tensor of the outer model that others see. Default: θ."""
+        return self.ctx.outer.tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is global to the algorithm; per-worker tensors live in ``ctx.replicas.slot(i, name)``."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}.")

@@ -1,0 +1,364 @@
+"""One local step of every worker, and the synchronisations between rounds.
+
+Owns whose turn it is, when a step counts and when training is over; and the copies of weights that evaluation looks at.
+Does not own storage (``replicas.py``), a worker's other belongings (``worker.py``), the module between turns
+(``public.py``), the maths of an outer step (``algorithms/``, ``outer.py``, ``comm.py``) nor anything of Lightning: the
+engine runs without a Trainer::
+
+    engine = Engine(module, [optimizer], num_workers=4, interval=10, algorithm=Diloco(), outer_factory=outer_sgd)
+    for batches in data:                          # one batch per worker
+        engine.begin_step()                       # adopts what was written into the module since the last step
+        for w in engine.local_workers:
+            with engine.turn(w):                  # the module and the optimizer are worker w's
+                loss(module, batches[w]).backward()
+                optimizer.step()
+        reports = engine.end_step()               # counts the step; synchronises when the round is over
+    engine.flush()                                # one last outer step on a partial round
+    engine.close()                                # the module keeps θ, in its own tensors
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
+from lightning_diloco.comm import Comm, mean_of
+from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
+from lightning_diloco.outer import Outer, OuterFactory
+from lightning_diloco.public import PublicModel
+from lightning_diloco.randomness import RandomStream, derive_seed
+from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers
+from lightning_diloco.worker import InnerOptimizers, ScalerOwner
+
+EvalWeights = Literal["average", "outer", "worker"]
+
+
+@dataclass(frozen=True)
+class Policies:
+    """What the engine does where DiLoCo leaves a choice; the meanings are"
+    " :class:`~lightning_diloco.DilocoStrategy`'s.
+    """
+
+    eval_weights: EvalWeights = "average"
+    buffers: BufferPolicy = "average"
+    inner_state: InnerStatePolicy = "keep"
+    nonfinite: NonfinitePolicy = "raise"
+    share_frozen: bool = False
+
+
+class Engine:
+    """N workers inside one module.
+
+    Args:
+        module: the live module; its values are where θ and every worker start.
+        optimizers: the inner optimizers over the module's parameters.
+        num_workers: N ≥ 1.
+        interval: H ≥ 1.
+        algorithm: when and what the workers exchange.
+        outer_factory: builds the outer optimizer from θ's trainable parameters.
+        policies: see :class:`Policies`.
+        seed: where the workers' random streams start; used for N > 1.
+        scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
+
+    Raises:
+        ValueError: the module has nothing to train, or parameters that can't be replicated.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Any],
+        *,
+        num_workers: int,
+        interval: int,
+        algorithm: SyncAlgorithm,
+        outer_factory: OuterFactory,
+        policies: Policies | None = None,
+        seed: int = 0,
+        scaler_owner: ScalerOwner | None = None,
+    ) -> None:
+        self.module = module
+        self.policies = policies or Policies()
+        self.algorithm = algorithm
+        self.num_workers = num_workers
+        self.local_workers = list(range(num_workers))
+        self.current_worker: int | None = None
+        layout = Layout(module, self.policies.share_frozen)
+        if not layout.trainable:
+            raise ValueError(
+                f"{type(module).__name__} has no parameter with `requires_grad`, so there is nothing to synchronise."
+                " Unfreeze a parameter before training starts."
+            )
+        self._device = layout.parameters[layout.trainable[0]].device
+        self._replicas = Replicas(layout, self.local_workers)
+        self._outer = Outer(layout, self._replicas.own, outer_factory)
+        self._public = PublicModel(self._replicas, self._outer)
+        solo = num_workers == 1
+        streams = {w: RandomStream(derive_seed(seed, "worker", w, 0), self._device) for w in self.local_workers}
+        self._inner = InnerOptimizers(optimizers, scaler_owner, dict.fromkeys(streams) if solo else streams)
+        self.context = SyncContext(
+            replicas=self._replicas,
+            outer=self._outer,
+            comm=Comm(self.local_workers, lambda: self.local_steps),
+            inner=self._inner,
+            interval=interval,
+            num_workers=num_workers,
+            buffers=self.policies.buffers,
+            inner_state=self.policies.inner_state,
+            nonfinite=self.policies.nonfinite,
+        )
+        self._stepped = False
+        self._looking = 0  # how many weights() windows are open
+        self.finished = False
+        self._hooks = [
+            o.register_step_post_hook(lambda *_: self.note_step())
+            for o in self._inner.live
+            if hasattr(o, "register_step_post_hook")
+        ]
+        algorithm.setup(self.context)
+        self._public.set_transparent(self._is_plain_run())
+
+    # ---------------------------------------------------------------------------------------- a local step
+
+    @property
+    def transparent(self) -> bool:
+        """N = 1 with a plain average as outer step: nothing is swapped, the run is the plain run."""
+        return self._public.transparent
+
+    def adopt_optimizers(self) -> None:
+        """Takes the inner optimizers' present state as where every worker starts; before the first step only."""
+        self._inner.adopt()
+
+    def begin_step(self) -> None:
+        """Before a local step: follows what was done to the module since the last one."""
+        self._stepped = False
+        self._public.adopt()
+
+    @contextmanager
+    def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
+        """Worker ``worker``'s turn: parameters, buffers, optimizer state, gradients, scaler and random stream are its
+        own.
+
+        Args:
+            worker: global id, hosted here.
+            keep_gradients: keep ``p.grad`` for the worker's next turn instead of dropping it (gradient accumulation).
+
+        Raises:
+            RuntimeError: parameters were added, removed, replaced or reshaped inside.
+        """
+        if self.current_worker is not None:
+            raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
+        self.current_worker = worker
+        try:
+            with nullcontext() if self.transparent else self._swapped_in(worker, keep_gradients):
+                yield
+        finally:
+            self.current_worker = None
+
+    @contextmanager
+    def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
+        layout, state = self._replicas.layout, self._replicas.states[worker]
+        self._inner.share_outside_changes()
+        layout.bind(state)
+        try:
+            with self._inner.workers[worker].turn(layout.everything if self.num_workers > 1 else [], keep_gradients):
+                yield
+            if layout.replaced():
+                raise RuntimeError(
+                    f"Parameters were added, removed or replaced inside worker {worker}'s step, where the other workers"
+                    " can't follow. Do it between steps, for all workers at once (for example in"
+                    " `Callback.on_train_batch_start`)."
+                )
+            with torch.no_grad():
+                layout.collect(state)
+        finally:
+            self._public.show()
+            self._inner.rest()
+
+    def note_step(self) -> None:
+        """Says that an optimizer stepped (or would have, had its scaler let it): the batch is a local step."""
+        self._stepped = True
+
+    def before_inner_steps(self) -> None:
+        """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
+        with torch.no_grad():
+            self.algorithm.before_inner_step(self.local_steps + 1)
+
+    def end_step(self) -> Sequence[OuterStepReport]:
+        """After the workers' turns: counts the local step if an optimizer stepped, and lets the algorithm"
+        " synchronise.
+        """
+        if not self._stepped:
+            return []
+        self._stepped = False
+        self.context.local_steps += 1
+        if self.local_steps == 1 and self.policies.inner_state != "keep":
+            self._inner.check_averageable(self.policies.inner_state)
+        self._inner.share_outside_changes()
+        return self._exchanged(self.algorithm.after_inner_step(self.local_steps))
+
+    def flush(self) -> Sequence[OuterStepReport]:
+        """One last synchronisation on a partial round; nothing if the last round is complete."""
+        if self.local_steps == self.context.round_start:
+            return []
+        self._public.adopt(thorough=True)
+        self._inner.share_outside_changes()
+        return self._exchanged(self.algorithm.flush(self.local_steps))
+
+    def _exchanged(self, reports: Sequence[OuterStepReport]) -> Sequence[OuterStepReport]:
+        if reports:
+            self._inner.rest()
+            self._public.set_transparent(self._is_plain_run())
+            self._public.publish(self.algorithm.publish())
+        return reports
+
+    def _is_plain_run(self) -> bool:
+        return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
+
+    def adopt(self) -> None:
+        """Compares all values with what was written into the module between turns (ends of epochs and validations)."""
+        self._public.adopt(thorough=True)
+
+    def finish(self) -> None:
+        """Training is over: from here on the module holds θ, and what is written into it stays its own."""
+        self._public.set_transparent(False)
+        self._public.publish(self.algorithm.publish())
+        self.finished = True
+
+    def close(self) -> None:
+        """The end of a fit, however it ended: the module is left with its own tensors, the optimizers with worker"
+        " 0's state.
+        """
+        self._public.set_transparent(False)
+        self._inner.share_outside_changes()
+        self._inner.rest()
+        self.finished = True
+        for hook in self._hooks:
+            hook.remove()
+        for worker in self._inner.workers.values():
+            worker.gradients = {}
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything kept for after the fit."""
+        if device != self._device:
+            self._device = device
+            self._replicas.to(device)
+            self._outer.to(device)
+            for worker in self._inner.workers.values():
+                worker.to(device)
+
+    # ---------------------------------------------------------------------------------------- looking at weights
+
+    @contextmanager
+    def weights(self, which: int | EvalWeights) -> Iterator[None]:
+        """A copy of the chosen weights and buffers is in the module inside the block; what is written to it is dropped.
+
+        Args:
+            which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
+        """
+        if self.current_worker is None and not self._looking and not self.finished:
+            self._public.adopt()
+        with torch.no_grad():
+            scratch = self._copy_of(which)
+        self._looking += 1
+        try:
+            with self._replicas.layout.showing(scratch):
+                yield
+        finally:
+            self._looking -= 1
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The window of a validation run: ``eval_weights`` in the module, parameters and inner state a sandbox.
+
+        Buffers that change inside are adopted by value. Optimizers with ``train()`` and ``eval()`` see the mean of the
+        workers' inner states: schedule-free's evaluation weights are linear in it.
+        """
+        if self._shows_eval_weights:
+            yield
+            return
+        with self.weights(self.policies.eval_weights):
+            shown = self._replicas.layout.read().buffers
+            before = copy_buffers(shown)
+            with self._inner.sandbox():
+                yield
+            after = [dict(own) for own in shown]
+        self._public.adopt_buffers(before, after)
+        self._public.adopt(thorough=True)
+
+    def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
+        """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
+
+        Args:
+            which: as in :meth:`weights`; None: what a checkpoint holds, that is ``eval_weights``, or what is live
+                during validation and after the end of training.
+        """
+        live = which is None and (self._looking or self.finished or self._shows_eval_weights)
+        with nullcontext() if live else self.weights(self.policies.eval_weights if which is None else which):
+            state = self.module.state_dict()
+            return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+
+    @property
+    def _shows_eval_weights(self) -> bool:
+        return self.transparent and self.policies.eval_weights != "outer"
+
+    def _copy_of(self, which: int | EvalWeights) -> ModelState:
+        replicas, layout = self._replicas, self._replicas.layout
+        if which == "outer":
+            return layout.copy_of(ModelState(dict(self.algorithm.publish()), self._outer.state.buffers))
+        if which != "average":
+            return layout.copy_of(replicas.states[self.local_workers[0] if which == "worker" else which])
+        scratch = layout.copy_of(replicas.states[self.local_workers[0]])
+        for name, value in self.context.comm.mean(layout.names, replicas.tensors, what=None).items():
+            scratch.tensors[name].copy_(value)
+        for (position, name), buffer in scratch.named_buffers():
+            held = [replicas.states[w].buffers[position].get(name) for w in self.local_workers]
+            alike = [b for b in held if b is not None and b.shape == buffer.shape and b.dtype == buffer.dtype]
+            if len(alike) == len(held) and (buffer.is_floating_point() or buffer.is_complex()):
+                buffer.copy_(mean_of(alike))
+        return scratch
+
+    # ---------------------------------------------------------------------------------------- what others may read
+
+    @property
+    def local_steps(self) -> int:
+        return self.context.local_steps
+
+    @property
+    def outer_steps(self) -> int:
+        return self.context.outer_steps
+
+    @property
+    def outer_optimizer(self) -> torch.optim.Optimizer:
+        return self._outer.optimizer
+
+    @property
+    def outer_tensors(self) -> Mapping[str, Tensor]:
+        """Parameter name → tensor of θ; not to be written to."""
+        return self._outer.tensors
+
+    def replica(self, worker: int) -> Mapping[str, Tensor]:
+        """Parameter name → tensor of ``worker``'s replica; not to be written to."""
+        return self._replicas.tensors(worker)
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes held, by purpose. ``gradients_per_worker`` is 0 unless gradients are kept between a worker's turns."""
+        parameters, buffers = self._replicas.states[self.local_workers[0]].nbytes()
+        inner, gradients = self._inner.first.nbytes()
+        workers, own, outer_state = len(self.local_workers), sum(self._replicas.own.nbytes()), self._outer.state_bytes()
+        return {
+            "workers": workers,
+            "parameters_per_worker": parameters,
+            "buffers_per_worker": buffers,
+            "inner_state_per_worker": inner,
+            "gradients_per_worker": gradients,
+            "outer_model": parameters + buffers,
+            "outer_state": outer_state,
+            "module": own,
+            "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + own,
+        }

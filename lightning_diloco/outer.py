@@ -1,0 +1,147 @@
+"""The outer model θ and the outer optimizer that moves it.
+
+Owns θ's values, the outer optimizer with its state, and the rule when an outer step is a plain average. Does not own
+how the pseudo-gradient comes about (``comm.py``, ``algorithms/``) nor the module's tensors (``replicas.py``). Imports
+nothing of Lightning.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_diloco.replicas import Layout, ModelState
+
+OuterFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class Outer:
+    """θ and its optimizer.
+
+    Args:
+        layout: the module's layout.
+        start: the values θ starts from; copied.
+        factory: builds the outer optimizer from a list of parameters; it gets θ's trainable ones, in the layout's
+        order.
+    """
+
+    def __init__(self, layout: Layout, start: ModelState, factory: OuterFactory) -> None:
+        self.state = layout.copy_of(start)
+        self.parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in self.state.tensors.items()}
+        self._trainable = layout.trainable
+        for name in self._trainable:
+            self.parameters[name].requires_grad_()
+        self.optimizer = factory([self.parameters[n] for n in self._trainable])
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that the outer optimizer moves: those that require a gradient."""
+        return list(self._trainable)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameter name → θ's tensor."""
+        return self.state.tensors
+
+    @property
+    def plain(self) -> bool:
+        """Whether an outer step just assigns the mean: SGD(lr=1) without momentum, weight decay or maximize.
+
+        Judged anew each time, since schedules may change the outer learning rate. Assigning is not what SGD computes:
+        ``θ − (θ − θ_i)`` differs from ``θ_i`` in floating point.
+        """
+        return is_plain_average(self.optimizer)
+
+    @torch.no_grad()
+    def step(self, names: Iterable[str], delta: Mapping[str, Tensor]) -> None:
+        """One step of the outer optimizer: ``θ.grad = Δ``, minimised; only ``names`` have a gradient and move.
+
+        Args:
+            names: parameters that take part.
+            delta: mean pseudo-gradient Δ = mean_i(θ − θ_i), old minus new, in the shapes of θ.
+        """
+        for name in names:
+            p = self.parameters[name]
+            p.grad = delta[name].to(p.dtype)
+        self.optimizer.step()
+        for p in self.parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """θ becomes ``values``, bit for bit (up to the rounding of float32 means to half types)."""
+        for name, value in values.items():
+            self.state.tensors[name].copy_(value)
+
+    def relayout(self, layout: Layout, own: ModelState) -> None:
+        """Adopts a new layout; θ keeps what it had under a name, and the optimizer its state of surviving"
+        " parameters.
+        """
+        values = dict(own.tensors)
+        for name, old in self.state.tensors.items():
+            if name in values and values[name].shape == old.shape:
+                values[name] = old
+        self.state = layout.copy_of(ModelState(values, own.buffers))
+        for name in [n for n in self.parameters if n not in layout.parameters]:
+            self.parameters.pop(name)
+        for name, tensor in self.state.tensors.items():
+            if name in self.parameters:
+                self.parameters[name].data = tensor
+            else:
+                self.parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self.refresh_trainable(layout)
+
+    def refresh_trainable(self, layout: Layout) -> None:
+        """Follows the module's ``requires_grad`` flags: thawed parameters join the first group, frozen ones leave."""
+        self._trainable = layout.trainable
+        wanted = {id(self.parameters[n]): self.parameters[n] for n in self._trainable}
+        present = set()
+        for group in self.optimizer.param_groups:
+            for p in [p for p in group["params"] if id(p) not in wanted]:
+                self.optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) in wanted]
+            present |= {id(p) for p in group["params"]}
+        self.optimizer.param_groups[0]["params"] += [p for key, p in wanted.items() if key not in present]
+        for name, p in self.parameters.items():
+            p.requires_grad_(name in self._trainable)
+
+    def to(self, device: torch.device) -> None:
+        """Moves θ and the outer optimizer's state."""
+        self.state.to(device)
+        for name, tensor in self.state.tensors.items():
+            self.parameters[name].data = tensor
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = value.to(device)
+
+    def state_bytes(self) -> int:
+        """Bytes of the outer optimizer's state."""
+        values: list[Any] = [v for s in self.optimizer.state.values() for v in s.values()]
+        return sum(v.nbytes for v in values if isinstance(v, Tensor))
+
+
+def is_plain_average(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer``'s step on Δ amounts to taking the mean of the replicas; see :attr:`Outer.plain`."""
+    return type(optimizer) is torch.optim.SGD and all(
+        group["lr"] == 1 and group["momentum"] == 0 and group["weight_decay"] == 0 and not group["maximize"]
+        for group in optimizer.param_groups
+    )
+
+
+def trial_optimizer(factory: OuterFactory) -> Optimizer:
+    """The outer optimizer over a dummy parameter, so that wrong arguments fail before anything starts.
+
+    Raises:
+        TypeError: what the factory makes is no torch optimizer, or its step needs a closure.
+    """
+    optimizer = factory([nn.Parameter(torch.zeros(1))])
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"it builds a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"{type(optimizer).__name__}.step needs a closure; an outer step has none to give")
+    return optimizer

@@ -1,0 +1,60 @@
+"""Random streams: where a run's seed comes from, and one torch stream per worker.
+
+Owns: deriving independent seeds from one run seed, and :class:`RandomStream`, a torch generator state that is swapped
+in for a while. Does not own Python's and NumPy's generators, nor randomness inside a dataset: those stay the user's.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def run_seed() -> int:
+    """The seed of this run: ``PL_GLOBAL_SEED`` (set by ``seed_everything``), else ``torch.initial_seed()``; 63 bits."""
+    return int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) & (2**63 - 1)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, so that streams with different parts are unrelated.
+
+    >>> derive_seed(0, "worker", 1) == derive_seed(0, "worker", 1), derive_seed(0, 1) == derive_seed(1, 0)
+    (True, False)
+    """
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
+
+
+class RandomStream:
+    """The state of torch's global generators (CPU, and ``device`` if it is CUDA) as one owner sees them.
+
+    Args:
+        seed: where the stream starts.
+        device: the device whose generator belongs to the stream beside the CPU's.
+    """
+
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self.cpu_state = torch.Generator().manual_seed(seed).get_state()
+        self.cuda_state = torch.Generator(self._cuda).manual_seed(seed).get_state() if self._cuda is not None else None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Torch draws from this stream inside the block; the outer stream continues afterwards as if nothing"
+        " happened.
+        """
+        outside_cpu = torch.get_rng_state()
+        torch.set_rng_state(self.cpu_state)
+        if self._cuda is not None and self.cuda_state is not None:
+            outside_cuda = torch.cuda.get_rng_state(self._cuda)
+            torch.cuda.set_rng_state(self.cuda_state, self._cuda)
+        try:
+            yield
+        finally:
+            self.cpu_state = torch.get_rng_state()
+            torch.set_rng_state(outside_cpu)
+            if self._cuda is not None:
+                self.cuda_state = torch.cuda.get_rng_state(self._cuda)
+                torch.cuda.set_rng_state(outside_cuda, self._cuda)

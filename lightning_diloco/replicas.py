@@ -1,0 +1,273 @@
+"""N states of one module, of which one at a time is live.
+
+Owns the storage: a :class:`ModelState` keeps all parameters of one replica in one contiguous buffer per dtype, and
+making a state live swaps pointers, never values. Does not own what a worker has beside its weights (``worker.py``), the
+outer model (``outer.py``), nor when anything is exchanged (``algorithms/``). Imports nothing of Lightning.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torchmetrics import Metric
+
+_ALIGNMENT = 64  # bytes; what torch's own allocators give a tensor, so kernels see replicas as they see any parameter
+
+BufferKey = tuple[int, str]  # (position of the submodule in Layout.modules, name of its buffer)
+
+
+class ModelState:
+    """The value of every replicated parameter and of every buffer of one module.
+
+    Attributes:
+        tensors: parameter name → tensor of the parameter's shape, stride and dtype.
+        buffers: for each submodule, in the layout's order, the dict that serves as its ``_buffers`` while the state is
+            live. So buffers that a forward reassigns or registers anew land in the right state by themselves.
+        flats: (dtype, device) → the 1-D buffer that ``tensors`` are 64-byte aligned views of; gaps are zero. Empty for
+            the module's own tensors.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        buffers: list[dict[str, Tensor | None]],
+        flats: dict[tuple[torch.dtype, torch.device], Tensor] | None = None,
+    ) -> None:
+        self.tensors = tensors
+        self.buffers = buffers
+        self.flats = flats or {}
+
+    def named_buffers(self) -> Iterator[tuple[BufferKey, Tensor]]:
+        for position, own in enumerate(self.buffers):
+            for name, buffer in own.items():
+                if buffer is not None:
+                    yield (position, name), buffer
+
+    def to(self, device: torch.device) -> None:
+        """Moves the values; the parameters stay views of flat buffers."""
+        flats = {(dtype, device): flat.to(device) for (dtype, _), flat in self.flats.items()}
+        for name, t in self.tensors.items():
+            self.tensors[name] = flats[t.dtype, device].as_strided(t.shape, t.stride(), t.storage_offset())
+        self.flats = flats
+        for own in self.buffers:
+            own.update({name: b.to(device) for name, b in own.items() if b is not None})
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the parameters (gaps included) and of the buffers."""
+        parameters = self.flats.values() if self.flats else self.tensors.values()
+        return sum(t.nbytes for t in parameters), sum(b.nbytes for _, b in self.named_buffers())
+
+
+class Layout:
+    """Which parameters and submodules of ``module`` are replicated, and how their values are laid out.
+
+    Tied parameters appear once, under their first name. Buffers of torchmetrics' metrics are left out: a metric is one
+    object that all workers update.
+
+    Args:
+        module: the module; its parameters must be initialised and not be TorchScript's.
+        share_frozen: leave parameters without ``requires_grad`` out: all workers use the module's own tensor.
+
+    Attributes:
+        parameters: name → replicated parameter of the live module.
+        everything: all parameters of the module, shared ones too.
+        modules: submodules whose buffers are replicated.
+    """
+
+    def __init__(self, module: nn.Module, share_frozen: bool = False) -> None:
+        for name, p in module.named_parameters():
+            if isinstance(p, UninitializedParameter):
+                raise ValueError(
+                    f"Parameter {name!r} of {type(module).__name__} is uninitialised (a lazy module that has not seen"
+                    " data). Workers need its shape before training starts: run one batch through the module in"
+                    " `configure_model` or `setup`."
+                )
+        for name, child in module.named_modules():
+            if isinstance(child, torch.jit.ScriptModule):
+                raise ValueError(
+                    f"Submodule {name!r} of {type(module).__name__} is TorchScript, whose weights can't be swapped per"
+                    " worker. Use the Python module, or `torch.compile` it."
+                )
+        self.module = module
+        self.share_frozen = share_frozen
+        self.parameters: dict[str, nn.Parameter] = {
+            name: p for name, p in module.named_parameters() if p.requires_grad or not share_frozen
+        }
+        self.everything = list(module.parameters())
+        self.signature = self._signature()
+        metrics = {id(child) for m in module.modules() if isinstance(m, Metric) for child in m.modules()}
+        self.modules = [
+            m
+            for m in module.modules()
+            if id(m) not in metrics and not any(isinstance(b, UninitializedBuffer) for b in m._buffers.values())
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.parameters)
+
+    @property
+    def trainable(self) -> list[str]:
+        return [name for name, p in self.parameters.items() if p.requires_grad]
+
+    @property
+    def frozen(self) -> list[str]:
+        return [name for name, p in self.parameters.items() if not p.requires_grad]
+
+    def changed(self) -> bool:
+        """Whether parameters were added, removed or replaced, or (un)frozen, since this layout was made."""
+        return self._signature() != self.signature
+
+    def replaced(self) -> bool:
+        """Whether parameters were added, removed or replaced since this layout was made (freezing doesn't count)."""
+        return [i for i, _ in self._signature()] != [i for i, _ in self.signature]
+
+    def _signature(self) -> list[tuple[int, bool]]:
+        return [(id(p), p.requires_grad) for p in self.module.parameters()]
+
+    def read(self) -> ModelState:
+        """The tensors that are in the module right now: references, not copies."""
+        return ModelState({n: p.data for n, p in self.parameters.items()}, [m._buffers for m in self.modules])
+
+    def bind(self, state: ModelState) -> None:
+        """Makes ``state`` the module's values, by pointer."""
+        for name, p in self.parameters.items():
+            p.data = state.tensors[name]
+        for module, buffers in zip(self.modules, state.buffers, strict=True):
+            module.__dict__["_buffers"] = buffers
+
+    @contextmanager
+    def showing(self, state: ModelState) -> Iterator[None]:
+        """``state`` is live inside the block; afterwards the module has again what it had before."""
+        before = self.read()
+        self.bind(state)
+        try:
+            yield
+        finally:
+            self.bind(before)
+
+    def collect(self, state: ModelState) -> None:
+        """After ``state`` was live: takes in parameters whose ``.data`` was pointed elsewhere meanwhile."""
+        for name, p in self.parameters.items():
+            tensor = state.tensors[name]
+            if p.data_ptr() != tensor.data_ptr():
+                if p.shape != tensor.shape or p.dtype != tensor.dtype:
+                    raise RuntimeError(
+                        f"Parameter {name!r} changed from {tuple(tensor.shape)} {tensor.dtype} to {tuple(p.shape)}"
+                        f" {p.dtype} inside a worker's step. Change a parameter's shape between steps, for all"
+                        " workers at once (for example in `Callback.on_train_batch_start`)."
+                    )
+                tensor.copy_(p.data)
+
+    def copy_of(self, source: ModelState) -> ModelState:
+        """A new state with the values of ``source`` in storage of its own."""
+        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        places: dict[str, tuple[tuple[torch.dtype, torch.device], int]] = {}
+        for name in self.parameters:
+            t = source.tensors[name]
+            key = (t.dtype, t.device)
+            start = sizes.get(key, 0)
+            places[name] = (key, start)
+            unit = max(1, _ALIGNMENT // t.element_size())
+            sizes[key] = start + -(-t.numel() // unit) * unit
+        flats = {key: torch.zeros(size, dtype=key[0], device=key[1]) for key, size in sizes.items()}
+        tensors = {}
+        for name, (key, start) in places.items():
+            t = source.tensors[name]
+            stride = torch.empty_like(t, device="meta").stride()  # t's own if dense (channels_last), else contiguous
+            tensors[name] = flats[key].as_strided(t.shape, stride, start).copy_(t)
+        return ModelState(tensors, copy_buffers(source.buffers), flats)
+
+
+class Replicas:
+    """The states of the workers of this process, and the module's own tensors between their turns.
+
+    Args:
+        layout: the layout of the module; its present values are where every worker starts.
+        workers: global ids of the workers hosted here, ascending.
+    """
+
+    def __init__(self, layout: Layout, workers: Iterable[int]) -> None:
+        self.layout = layout
+        self.own = layout.read()
+        self.states = {w: layout.copy_of(self.own) for w in workers}
+        self._slots: dict[tuple[int, str], dict[str, Tensor]] = {}
+
+    @property
+    def workers(self) -> list[int]:
+        return list(self.states)
+
+    def to(self, device: torch.device) -> None:
+        for state in self.states.values():
+            state.to(device)
+
+    def tensors(self, worker: int) -> Mapping[str, Tensor]:
+        """Parameter name → tensor of ``worker``; writing to it changes the replica."""
+        return self.states[worker].tensors
+
+    def flat(self, worker: int) -> Mapping[tuple[torch.dtype, torch.device], Tensor]:
+        """(dtype, device) → the contiguous buffer with all of ``worker``'s parameters of that dtype."""
+        return self.states[worker].flats
+
+    def slot(self, worker: int, name: str) -> dict[str, Tensor]:
+        """Named per-worker tensors of an algorithm (parameter name → tensor), zero when first asked for."""
+        key = (worker, name)
+        if key not in self._slots:
+            self._slots[key] = {n: torch.zeros_like(t) for n, t in self.tensors(worker).items()}
+        return self._slots[key]
+
+    def relayout(self, layout: Layout) -> None:
+        """Adopts ``layout`` after parameters came, went or were (un)frozen; what a worker had under a name, it"
+        " keeps.
+        """
+        known = {id(p): name for name, p in self.layout.parameters.items()}
+        own = layout.read()
+        for worker, old in self.states.items():
+            values = dict(own.tensors)
+            for name, p in layout.parameters.items():
+                if id(p) in known and old.tensors[known[id(p)]].shape == p.shape:
+                    values[name] = old.tensors[known[id(p)]]
+            buffers = {id(m): b for m, b in zip(self.layout.modules, old.buffers, strict=True)}
+            merged = [buffers.get(id(m), b) for m, b in zip(layout.modules, own.buffers, strict=True)]
+            self.states[worker] = layout.copy_of(ModelState(values, merged))
+        for slot in self._slots.values():
+            for name in [n for n in slot if n not in layout.parameters]:
+                del slot[name]
+            for name, tensor in own.tensors.items():
+                if name not in slot or slot[name].shape != tensor.shape:
+                    slot[name] = torch.zeros_like(tensor)
+        self.layout, self.own = layout, own
+
+
+def copy_buffers(buffers: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
+    """Clones; a buffer registered in two places stays one tensor."""
+    clones: dict[int, Tensor] = {}
+    return [
+        {name: None if b is None else clones.setdefault(id(b), b.detach().clone()) for name, b in own.items()}
+        for own in buffers
+    ]
+
+
+def put_buffer(buffers: dict[str, Tensor | None], name: str, value: Tensor | None) -> None:
+    """``buffers[name]`` takes the value of ``value``: in place if the shapes allow it, else as a clone."""
+    present = buffers.get(name)
+    if value is None:
+        buffers[name] = None
+    elif present is not None and present.shape == value.shape and present.dtype == value.dtype:
+        present.copy_(value)
+    else:
+        buffers[name] = value.detach().clone()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit (NaN equals the same NaN, 0.0 differs from -0.0)."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(integer), b.view(integer))

@@ -1,0 +1,490 @@
+"""DilocoStrategy: the one line that turns a Lightning project into a DiLoCo experiment.
+
+Owns the constructor, Lightning's Strategy hooks, and the life of an :class:`~lightning_diloco.engine.Engine`: one per
+fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engine.py``).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_diloco._lightning import loops
+from lightning_diloco._lightning.data import Dealing, deal
+from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
+from lightning_diloco.callback import DilocoCallback
+from lightning_diloco.comm import Ledger
+from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
+from lightning_diloco.engine import Engine, EvalWeights, Policies
+from lightning_diloco.outer import OuterFactory, is_plain_average, trial_optimizer
+from lightning_diloco.randomness import run_seed
+
+
+class DilocoStrategy(SingleDeviceStrategy):
+    """Trains N DiLoCo workers inside an ordinary ``Trainer.fit`` (arXiv 2311.08105).
+
+    Think of DDP with ``world_size = num_nodes``, except that the workers synchronise every ``diloco_interval`` steps.
+    Everything that counts steps counts the local steps of one worker; ``batch_size`` is per worker. What a fit does::
+
+        for batches in loader:                       # one batch per worker, each from the worker's own shard
+            callbacks.on_train_batch_start           # once; the module holds θ
+            for worker in workers:                   # the module, its optimizers and torch's generator are the
+                worker's: module.on_train_batch_start          #   hooks of the LightningModule, as on every DDP rank
+                module.training_step, backward, clipping, optimizer.step
+            every diloco_interval local steps:       # the outer step
+                Δ = mean over workers of (θ − θ_i)
+                θ = outer_optimizer(θ, Δ)
+                θ_i = θ
+            lr schedulers                            # once: they count local steps
+            callbacks.on_train_batch_end             # once; the module holds θ
+            for worker in workers: module.on_train_batch_end
+            validation                               # once, with eval_weights in the module
+
+    Args:
+        num_nodes: simulated workers N ≥ 1. (``Trainer(num_nodes=)`` stays the number of machines.)
+        diloco_interval: local steps H ≥ 1 between outer steps. A local step is a batch in which an optimizer stepped.
+        outer_optimizer_cls: the outer optimizer: a torch optimizer class, or a callable that makes one from parameters.
+        outer_optimizer_kwargs: its arguments, replacing the defaults wholly. None: for exactly ``torch.optim.SGD`` what
+            the algorithm's paper uses (DiLoCo: lr 0.7, momentum 0.9, nesterov), for other classes their own defaults.
+            Must be None with a callable.
+        algorithm: when and what the workers exchange; None: :class:`~lightning_diloco.Diloco`.
+        eval_weights: weights and buffers that validation during fit and a checkpoint's ``state_dict`` see: "average"
+            (the mean of the replicas), "outer" (θ of the last synchronisation) or "worker" (worker 0's).
+        buffers: floating buffers and frozen parameters at a synchronisation: "average" (mean to all), "first" (worker
+            0's to all), "local" (each keeps its own; θ shows the mean). Integer buffers: worker 0's to all (local:
+            kept).
+        inner_state: inner optimizer state at a synchronisation: "keep", "reset" (a copy of the state right after
+            ``configure_optimizers``) or "average" (floating tensors with more than one element; step counters and
+            Python numbers stay each worker's own).
+        final_sync: do one last outer step on a partial round when training ends normally.
+        partition: ``(dataset, num_workers) → one list of indices per worker``: which samples each worker owns.
+        nonfinite: a worker whose Δ_i is not finite at a synchronisation of N > 1 workers: "raise", "skip" (the mean is
+            over the others; the worker restarts from θ with fresh inner state) or "propagate".
+        share_frozen: all workers use one copy of the parameters without ``requires_grad``.
+        reduction: order of summation once workers live in several processes: "ordered" (bit-identical for every
+            layout), "all_reduce" (least traffic) or "auto". In one process the order is always that of the workers.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's
+            strategies.
+        process_group_backend, timeout, start_method: for several processes, which this version does not run yet.
+
+    Raises:
+        ValueError: an argument is out of its range, or the outer optimizer can't be built from its arguments.
+        MisconfigurationException: the Trainer asks for several processes or machines.
+    """
+
+    strategy_name = "diloco"
+
+    def __init__(
+        self,
+        num_nodes: int = 4,
+        diloco_interval: int = 500,
+        outer_optimizer_cls: type[Optimizer] | OptimizerCallable = torch.optim.SGD,
+        outer_optimizer_kwargs: dict[str, Any] | None = None,
+        algorithm: SyncAlgorithm | None = None,
+        eval_weights: EvalWeights = "average",
+        buffers: BufferPolicy = "average",
+        inner_state: InnerStatePolicy = "keep",
+        final_sync: bool = True,
+        partition: Callable[[Any, int], Sequence[Sequence[int]]] | None = None,
+        nonfinite: NonfinitePolicy = "raise",
+        share_frozen: bool = False,
+        reduction: Literal["auto", "ordered", "all_reduce"] = "auto",
+        *,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        start_method: Literal["popen", "spawn", "fork"] | None = None,
+    ) -> None:
+        _check_count("num_nodes", num_nodes, "simulated workers")
+        _check_count("diloco_interval", diloco_interval, "local steps between outer steps")
+        _check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
+        _check_choice("buffers", buffers, ("average", "first", "local"))
+        _check_choice("inner_state", inner_state, ("keep", "reset", "average"))
+        _check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
+        _check_choice("reduction", reduction, ("auto", "ordered", "all_reduce"))
+        _check_bool("final_sync", final_sync)
+        _check_bool("share_frozen", share_frozen)
+        if partition is not None and not callable(partition):
+            raise ValueError(
+                f"`partition` (={partition!r}) must be a callable `(dataset, num_workers) -> list of index lists`, or"
+                " None."
+            )
+        if algorithm is not None and not isinstance(algorithm, SyncAlgorithm):
+            raise ValueError(
+                f"`algorithm` (={algorithm!r}) must be an instance of SyncAlgorithm, like Diloco(), or None."
+            )
+        for name, value in (
+            ("process_group_backend", process_group_backend),
+            ("timeout", timeout),
+            ("start_method", start_method),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"`{name}` (={value!r}) is about several processes, and this version runs all workers in one."
+                    " Leave it out."
+                )
+        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        self._algorithm = algorithm or Diloco()
+        self._outer_factory = _outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
+        has_outer = self._algorithm.outer_defaults is not None
+        self._is_plain_run = num_nodes == 1 and has_outer and is_plain_average(trial_optimizer(self._outer_factory))
+        self._callback = DilocoCallback()
+        self._num_workers = num_nodes
+        self._interval = diloco_interval
+        self._policies = Policies(eval_weights, buffers, inner_state, nonfinite, share_frozen)
+        self._final_sync = final_sync
+        self._partition = partition
+        self._reduction = reduction
+        self._machines = 1
+        self._parallel_devices: list[torch.device] = []
+        self.parallel_devices = parallel_devices or []
+        self.cluster_environment = cluster_environment
+        self._engine: Engine | None = None
+        self._seed = 0
+        self._dealing: Dealing | None = None
+        self.project_keeps_gradients = False
+
+    # ---------------------------------------------------------------------------------------- what users read
+
+    @property
+    def num_workers(self) -> int:
+        """N: simulated workers."""
+        return self._num_workers
+
+    @property
+    def local_workers(self) -> list[int]:
+        """Global ids of the workers hosted by this process."""
+        return list(range(self._num_workers))
+
+    @property
+    def current_worker(self) -> int | None:
+        """Global id of the worker whose turn it is, None between turns."""
+        return None if self._engine is None else self._engine.current_worker
+
+    @property
+    def local_steps(self) -> int:
+        """Completed local steps; 0 before a fit, kept after it."""
+        return 0 if self._engine is None else self._engine.local_steps
+
+    @property
+    def outer_steps(self) -> int:
+        """Completed synchronisations; 0 before a fit, kept after it."""
+        return 0 if self._engine is None else self._engine.outer_steps
+
+    @property
+    def outer_optimizer(self) -> Optimizer:
+        """The live outer optimizer, for example to put an LR schedule on it."""
+        return self.engine.outer_optimizer
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the workers have sent."""
+        return self.engine.context.ledger
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the present or last fit."""
+        if self._engine is None:
+            raise RuntimeError(
+                "The workers exist from `on_train_start` on, until the next fit. Call `trainer.fit` first, or ask"
+                " from a hook of the fit."
+            )
+        return self._engine
+
+    def worker_state_dict(self, worker: int) -> dict[str, Any]:
+        """The keys of ``module.state_dict()`` with worker ``worker``'s values, detached copies; strict-loadable.
+
+        Raises:
+            RuntimeError: before ``on_train_start``.
+            ValueError: there is no such worker.
+        """
+        return self.engine.state_dict(self._checked_worker(worker))
+
+    def outer_state_dict(self) -> dict[str, Any]:
+        """The keys of ``module.state_dict()`` with θ's values, detached copies."""
+        return self.engine.state_dict("outer")
+
+    @contextmanager
+    def weights(self, which: int | Literal["average", "outer"]) -> Iterator[None]:
+        """Puts a copy of worker ``which``, the "average" of the workers, or the "outer" model into the module for a
+        while.
+
+        Training is undisturbed: what is written to the copy is dropped.
+        """
+        if isinstance(which, str):
+            _check_choice("which", which, ("average", "outer"))
+        with self.engine.weights(which if isinstance(which, str) else self._checked_worker(which)):
+            yield
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes held, by purpose; see :meth:`Engine.memory_report`."""
+        return self.engine.memory_report()
+
+    def _checked_worker(self, worker: int) -> int:
+        if isinstance(worker, bool) or not isinstance(worker, int) or not 0 <= worker < self._num_workers:
+            raise ValueError(f"Worker {worker!r} doesn't exist: `num_nodes` is {self._num_workers}, ids start at 0.")
+        return worker
+
+    # ---------------------------------------------------------------------------------------- topology
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines, as in all of Lightning, which sets this attribute; the simulated workers are ``num_workers``."""
+        return self._machines
+
+    @num_nodes.setter
+    def num_nodes(self, machines: int) -> None:
+        if machines != 1:
+            raise MisconfigurationException(
+                f"`Trainer(num_nodes={machines})` asks for several machines, and this version runs all workers in one"
+                " process. Use `Trainer(num_nodes=1)`; `DilocoStrategy(num_nodes=...)` is the number of workers."
+            )
+        self._machines = machines
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) > 1:
+            raise MisconfigurationException(
+                f"The Trainer has {len(devices)} devices, and this version of DilocoStrategy runs all workers on one."
+                " Use `Trainer(devices=1)`."
+            )
+        self._parallel_devices = devices
+        if devices:
+            self._root_device = devices[0]
+
+    # ---------------------------------------------------------------------------------------- life of a fit
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        trainer = model.trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._engine = None
+        self._seed = run_seed()
+        self._attach_callback()
+        loops.install(trainer, per_worker=any(c.per_worker for c in self._reporters))
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        assert self.lightning_module is not None
+        callbacks: list[Any] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks  # the Trainer's own list, which a connector of Lightning's puts there
+
+    @property
+    def _reporters(self) -> list[DilocoCallback]:
+        return [c for c in self._callbacks if isinstance(c, DilocoCallback)]
+
+    def _attach_callback(self) -> None:
+        """The automatic callback joins once; a DilocoCallback of the user's takes its place."""
+        own = [c for c in self._reporters if c is not self._callback]
+        if self._callback in self._callbacks and own:
+            self._callbacks.remove(self._callback)
+        elif self._callback not in self._callbacks and not own and not self._is_plain_run:
+            self._callbacks.insert(0, self._callback)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            module = trainer.lightning_module
+            looking = ("on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end")
+            self.project_keeps_gradients = (
+                not module.automatic_optimization
+                or any(is_overridden(hook, module) for hook in looking)
+                or any(is_overridden("on_before_zero_grad", callback) for callback in self._callbacks)
+            )
+            if self._algorithm.needs_gradients:
+                self._check_needs_gradients(module)
+
+    def _check_needs_gradients(self, module: LightningModule) -> None:
+        name = type(self._algorithm).__name__
+        if not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{name} changes gradients before the inner step, which needs automatic optimization;"
+                f" {type(module).__name__} sets `automatic_optimization = False`."
+            )
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise MisconfigurationException(
+                f"{name} exchanges gradients, which a gradient scaler scales differently on each worker. Use"
+                " `precision='bf16-mixed'` or '32-true'."
+            )
+
+    def start_engine(self) -> None:
+        """The fit loop is about to start: every worker starts from what is in the module."""
+        module = self.lightning_module
+        assert module is not None
+        if module.trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"Resuming from {module.trainer.ckpt_path}: all workers start from its `state_dict` and its optimizer"
+                " state; the workers' own states, the outer optimizer's and the position in the round are not restored."
+            )
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        self._engine = Engine(
+            module,
+            self.optimizers,
+            num_workers=self._num_workers,
+            interval=self._interval,
+            algorithm=self._algorithm,
+            outer_factory=self._outer_factory,
+            policies=self._policies,
+            seed=self._seed,
+            scaler_owner=None if scaler is None else self.precision_plugin,  # type: ignore[arg-type]
+        )
+
+    @override
+    def on_train_start(self) -> None:
+        self.engine.adopt_optimizers()  # callbacks' on_train_start may have changed them
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._engine is not None:
+            self._engine.note_step()
+        return output
+
+    def deliver(self, reports: Sequence[OuterStepReport], after_training: bool = False) -> None:
+        """Hands reports to the callbacks."""
+        module = self.lightning_module
+        assert module is not None
+        step = loops.logging_step(module.trainer, after_training)
+        for report in reports:
+            for callback in self._reporters:
+                callback.report(module.trainer, module, report, step)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The window of a validation run; before training has started (the sanity check) nothing is to be swapped."""
+        with nullcontext() if self._engine is None else self._engine.evaluation():
+            yield
+
+    def finish_training(self) -> None:
+        """Training ended normally: the last outer step, and θ in the module."""
+        reports = self.engine.flush() if self._final_sync else []
+        self.engine.finish()
+        self.deliver(reports, after_training=True)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        training = self._engine is not None and not self._engine.finished
+        return self.engine.state_dict() if training else super().lightning_module_state_dict()
+
+    @override
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if self._engine is not None:
+            self._engine.close()
+        if module is not None:
+            loops.uninstall(module.trainer)
+        super().teardown()
+        if self._engine is not None:
+            self._engine.to(torch.device("cpu"))
+
+    # ---------------------------------------------------------------------------------------- data
+
+    @contextmanager
+    def dealing_training_data(self) -> Iterator[None]:
+        """Loaders processed inside are dealt to the workers."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        self._dealing = Dealing(
+            num_workers=self._num_workers,
+            workers=self.local_workers,
+            seed=self._seed,
+            partition=self._partition,
+            use_distributed_sampler=loops.uses_distributed_sampler(trainer),
+            overfit=loops.overfits(trainer),
+        )
+        try:
+            yield
+        finally:
+            self._dealing = None
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if self._dealing is None or (self._num_workers == 1 and self._partition is None):
+            return dataloader
+        return deal(dataloader, self._dealing)
+
+
+# -------------------------------------------------------------------------------------------- checks
+
+
+def _outer_factory(
+    cls: type[Optimizer] | OptimizerCallable, kwargs: Mapping[str, Any] | None, algorithm: SyncAlgorithm
+) -> OuterFactory:
+    name = getattr(cls, "__name__", repr(cls))
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f"`outer_optimizer_kwargs` (={kwargs!r}) must be a dict or None.")
+    if algorithm.outer_defaults is None and (kwargs is not None or cls is not torch.optim.SGD):
+        raise ValueError(
+            f"{type(algorithm).__name__} has no outer optimizer, but `outer_optimizer_cls` (={name}) or"
+            f" `outer_optimizer_kwargs` (={kwargs!r}) were given. Leave both out."
+        )
+    if not isinstance(cls, type):
+        if not callable(cls):
+            raise ValueError(
+                f"`outer_optimizer_cls` (={cls!r}) must be a torch.optim.Optimizer class, or a callable that makes"
+                " one from a list of parameters."
+            )
+        if kwargs is not None:
+            raise ValueError(
+                f"`outer_optimizer_kwargs` (={kwargs!r}) can't be combined with a callable `outer_optimizer_cls`"
+                f" (={name}), which has its arguments already. Pass None, or the optimizer's class."
+            )
+        factory: OuterFactory = cls
+    elif not issubclass(cls, Optimizer):
+        raise ValueError(
+            f"`outer_optimizer_cls` (={name}) must be a torch.optim.Optimizer class, or a callable that makes one"
+            " from a list of parameters."
+        )
+    else:
+        if kwargs is None:
+            kwargs = (algorithm.outer_defaults or {"lr": 1.0}) if cls is torch.optim.SGD else {}
+        factory = partial(cls, **kwargs)
+    try:
+        trial_optimizer(factory)
+    except Exception as error:
+        raise ValueError(
+            f"The outer optimizer can't be built: `outer_optimizer_cls` (={name}) with `outer_optimizer_kwargs`"
+            f" (={kwargs!r}) fails with: {error}"
+        ) from error
+    return factory
+
+
+def _check_count(name: str, value: Any, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` (={value!r}) must be an integer ≥ 1: the number of {meaning}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` (={value!r}) must be True or False.")

@@ -1,0 +1,280 @@
+"""What a worker owns besides its weights: inner optimizer state, control state, gradient scaler, gradients, random
+stream.
+
+Owns these per worker and swaps them in and out around the worker's turn. Does not own parameters and buffers
+(``replicas.py``) nor the decision what happens to inner state at a synchronisation (``engine.py``). Imports nothing of
+Lightning.
+
+"Control state" is everything in an optimizer's ``param_groups`` except the parameters: learning rates, the counters of
+schedule-free optimizers, values that an overridden ``optimizer_step`` writes. What is written there between turns (LR
+schedulers, callbacks) is meant for all workers; what is written during a turn belongs to that worker.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_diloco.comm import mean_of
+from lightning_diloco.randomness import RandomStream
+from lightning_diloco.replicas import same_bits
+
+OptimizerState = dict[Any, Any]  # parameter → {name: tensor or Python value}, as in Optimizer.state
+Control = list[dict[str, Any]]  # one dict per parameter group
+
+
+class ScalerOwner(Protocol):
+    """Whatever holds the gradient scaler in use (Lightning's mixed-precision plugin)."""
+
+    scaler: Any
+
+
+def flatten_optimizers(optimizers: Sequence[Any]) -> list[Any]:
+    """The optimizers and those they hold as attributes (SAM's base optimizer), each once, outermost first."""
+    found: list[Any] = []
+    queue = list(optimizers)
+    while queue:
+        optimizer = queue.pop(0)
+        if all(optimizer is not known for known in found):
+            found.append(optimizer)
+            queue += [v for v in vars(optimizer).values() if isinstance(v, Optimizer)]
+    return found
+
+
+def copy_state(state: OptimizerState) -> OptimizerState:
+    """A copy that shares no tensor with ``state``; the keys stay the same parameter objects."""
+    cloned: OptimizerState = defaultdict(dict)
+    for key, values in state.items():
+        cloned[key] = (
+            {k: _copy_value(v) for k, v in values.items()} if isinstance(values, dict) else _copy_value(values)
+        )
+    return cloned
+
+
+def _copy_value(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def read_control(optimizer: Any) -> Control:
+    """The control state that the optimizer holds now; values by reference."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def write_control(optimizer: Any, control: Control) -> None:
+    """Puts ``control`` into the optimizer's groups, of which there must be as many."""
+    for group, values in zip(optimizer.param_groups, control, strict=True):
+        group.update(values)
+
+
+class Worker:
+    """One worker's belongings besides its weights.
+
+    Args:
+        index: global id.
+        optimizers: the live inner optimizers, flattened; their present state is what the worker starts from.
+        scaler_owner: holder of the gradient scaler, or None without one.
+        stream: the worker's random stream, or None to draw from the process's own.
+        original: take the live state and scaler objects themselves instead of copies (one worker per process does, so
+            that what everybody else sees between turns is an ordinary optimizer).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        optimizers: Sequence[Any],
+        scaler_owner: ScalerOwner | None,
+        stream: RandomStream | None,
+        original: bool,
+    ) -> None:
+        self.index = index
+        self.stream = stream
+        self.states = [o.state if original else copy_state(o.state) for o in optimizers]
+        self.control = [read_control(o) for o in optimizers]
+        scaler = None if scaler_owner is None else scaler_owner.scaler
+        self.scaler = scaler if original else copy.deepcopy(scaler)
+        self.gradients: dict[torch.nn.Parameter, Tensor] = {}
+        self._optimizers = optimizers
+        self._scaler_owner = scaler_owner
+
+    @contextmanager
+    def turn(self, parameters: Sequence[torch.nn.Parameter], keep_gradients: bool) -> Iterator[None]:
+        """The worker's belongings are live inside the block.
+
+        Args:
+            parameters: the module's parameters, whose ``.grad`` is the worker's inside the block and None afterwards.
+            keep_gradients: whether the worker finds its gradients again at its next turn.
+        """
+        self.show()
+        for p, gradient in self.gradients.items():
+            p.grad = gradient
+        self.gradients = {}
+        try:
+            if self.stream is None:
+                yield
+            else:
+                with self.stream.active():
+                    yield
+        finally:
+            self.states = [o.state for o in self._optimizers]
+            self.control = [read_control(o) for o in self._optimizers]
+            for p in parameters:
+                if p.grad is not None:
+                    if keep_gradients:
+                        self.gradients[p] = p.grad
+                    p.grad = None
+
+    def show(self) -> None:
+        """Points the live optimizers and the scaler's owner to this worker's state."""
+        for optimizer, state, control in zip(self._optimizers, self.states, self.control, strict=True):
+            optimizer.state = state
+            write_control(optimizer, control)
+        if self._scaler_owner is not None:
+            self._scaler_owner.scaler = self.scaler
+
+    def reset_inner_state(self, initial: Sequence[OptimizerState]) -> None:
+        """Gives the worker a fresh copy of ``initial``, the state right after ``configure_optimizers``."""
+        self.states = [copy_state(state) for state in initial]
+
+    def to(self, device: torch.device) -> None:
+        """Moves the inner state."""
+        for state in self.states:
+            for values in state.values():
+                for k, v in values.items() if isinstance(values, dict) else ():
+                    if isinstance(v, Tensor) and v.numel() > 1:
+                        values[k] = v.to(device)
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the inner optimizer state and of the gradients kept between turns."""
+        tensors = [v for s in self.states for values in s.values() for v in _tensors_in(values)]
+        return sum(t.nbytes for t in tensors), sum(g.nbytes for g in self.gradients.values() if not g.is_sparse)
+
+
+class InnerOptimizers:
+    """The live inner optimizers, shared by all workers of this process, and each worker's belongings.
+
+    Args:
+        optimizers: the optimizers that the training loop steps.
+        scaler_owner: holder of the gradient scaler, or None.
+        streams: global id of each worker hosted here → its random stream (None: the process's own).
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Any], scaler_owner: ScalerOwner | None, streams: Mapping[int, RandomStream | None]
+    ) -> None:
+        self.live = flatten_optimizers(optimizers)
+        self._scaler_owner = scaler_owner
+        self._streams = streams
+        self.workers: dict[int, Worker] = {}
+        self.adopt()
+
+    @property
+    def first(self) -> Worker:
+        """The worker whose state the live optimizers show between turns."""
+        return next(iter(self.workers.values()))
+
+    def adopt(self) -> None:
+        """The optimizers' present state is where every worker starts; before the first step only."""
+        self.initial = [copy_state(o.state) for o in self.live]
+        for i, (w, stream) in enumerate(self._streams.items()):
+            self.workers[w] = Worker(w, self.live, self._scaler_owner, stream, original=i == 0)
+        self._public = [read_control(o) for o in self.live]
+
+    def rest(self) -> None:
+        """Between turns the optimizers and the scaler are the first worker's."""
+        self.first.show()
+        self._public = [read_control(o) for o in self.live]
+
+    def share_outside_changes(self) -> None:
+        """What schedulers and callbacks wrote into the optimizers between turns is meant for every worker."""
+        first = self.first
+        for position, optimizer in enumerate(self.live):
+            if optimizer.state is not first.states[position]:  # Optimizer.load_state_dict makes a new one
+                for w in self.workers.values():
+                    w.states[position] = optimizer.state if w is first else copy_state(optimizer.state)
+            live, public = read_control(optimizer), self._public[position]
+            for g, values in enumerate(live):
+                known = public[g] if g < len(public) else {}
+                changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}
+                for w in self.workers.values():
+                    if g == len(w.control[position]):
+                        w.control[position].append({})
+                    w.control[position][g].update(changed)
+            for w in self.workers.values():
+                del w.control[position][len(live) :]
+            self._public[position] = live
+
+    @contextmanager
+    def sandbox(self) -> Iterator[None]:
+        """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states."""
+        self.share_outside_changes()
+        others = [w for w in self.workers.values() if w is not self.first]
+        for position, optimizer in enumerate(self.live):
+            optimizer.state = copy_state(optimizer.state)
+            if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
+                average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)])
+        try:
+            yield
+        finally:
+            self.first.show()
+
+    def check_averageable(self, policy: str) -> None:
+        """Raises if some inner state can be neither reset nor averaged in a meaningful way."""
+        for optimizer in self.live:
+            for values in optimizer.state.values():
+                for key, value in values.items() if isinstance(values, dict) else ():
+                    if isinstance(value, (list, tuple)):
+                        raise ValueError(
+                            f"`inner_state` (={policy!r}) needs an inner optimizer whose state is tensors and numbers;"
+                            f" {type(optimizer).__name__} keeps a {type(value).__name__} under {key!r}."
+                            " Use `inner_state='keep'`."
+                        )
+
+
+@torch.no_grad()
+def average_inner_state(states: Sequence[Sequence[OptimizerState]]) -> int:
+    """Averages, in place, the floating tensors with more than one element over workers; returns bytes sent per worker.
+
+    Args:
+        states: per worker, per optimizer, the optimizer's state. An entry that some workers lack (of a parameter that
+            never had a gradient there) is averaged over those that have it.
+    """
+    sent = 0
+    for per_optimizer in zip(*states, strict=True):
+        entries: dict[tuple[int, str], list[Tensor]] = {}
+        for state in per_optimizer:
+            for parameter, values in state.items():
+                for key, value in values.items() if isinstance(values, dict) else ():
+                    if isinstance(value, Tensor) and value.numel() > 1 and not _is_integer(value):
+                        entries.setdefault((id(parameter), key), []).append(value)
+        for held in entries.values():
+            mean = mean_of(held)
+            for tensor in held:
+                tensor.copy_(mean)
+            sent += held[0].nbytes
+    return sent
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or same_bits(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for v in values.values():
+            yield from _tensors_in(v)
+    elif isinstance(values, (list, tuple)):
+        for v in values:
+            yield from _tensors_in(v)

@@ -1,0 +1,27 @@
+"""One thread for everything: two threads on a loaded machine stall tens of times slower, and results must not depend"
+" on it."""
+
+import logging
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+for name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    """Each test starts from the same seed, writes into its own folder, and leaves no trace in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
