@@ -7,9 +7,8 @@ engine runs without a Trainer::
 
     engine = Engine(module, [optimizer], num_workers=4, interval=10, algorithm=Diloco(), outer_factory=outer_sgd)
     for batches in data:                          # one batch per worker
-        engine.begin_step()                       # adopts what was written into the module since the last step
         for w in engine.local_workers:
-            with engine.turn(w):                  # the module and the optimizer are worker w's
+            with engine.turn(w):                  # the module and the optimizer are worker w's inside
                 loss(module, batches[w]).backward()
                 optimizer.step()
         reports = engine.end_step()               # counts the step; synchronises when the round is over
@@ -64,6 +63,7 @@ class Engine:
         policies: see :class:`Policies`.
         seed: where the workers' random streams start; used for N > 1.
         scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
+        schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
 
     Raises:
         ValueError: the module has nothing to train, or parameters that can't be replicated.
@@ -81,6 +81,7 @@ class Engine:
         policies: Policies | None = None,
         seed: int = 0,
         scaler_owner: ScalerOwner | None = None,
+        schedulers: Sequence[Any] = (),
     ) -> None:
         self.module = module
         self.policies = policies or Policies()
@@ -100,7 +101,7 @@ class Engine:
         self._public = PublicModel(self._replicas, self._outer)
         solo = num_workers == 1
         streams = {w: RandomStream(derive_seed(seed, "worker", w, 0), self._device) for w in self.local_workers}
-        self._inner = InnerOptimizers(optimizers, scaler_owner, dict.fromkeys(streams) if solo else streams)
+        self._inner = InnerOptimizers(optimizers, scaler_owner, dict.fromkeys(streams) if solo else streams, schedulers)
         self.context = SyncContext(
             replicas=self._replicas,
             outer=self._outer,
@@ -134,15 +135,11 @@ class Engine:
         """Takes the inner optimizers' present state as where every worker starts; before the first step only."""
         self._inner.adopt()
 
-    def begin_step(self) -> None:
-        """Before a local step: follows what was done to the module since the last one."""
-        self._stepped = False
-        self._public.adopt()
-
     @contextmanager
     def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
-        """Worker ``worker``'s turn: parameters, buffers, optimizer state, gradients, scaler and random stream are its
-        own.
+        """Worker ``worker``'s turn: weights, buffers, optimizer state, gradients, scaler and random stream are its own.
+
+        What was written into the module or the optimizers since the last turn becomes every worker's first.
 
         Args:
             worker: global id, hosted here.
@@ -162,8 +159,9 @@ class Engine:
 
     @contextmanager
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
-        layout, state = self._replicas.layout, self._replicas.states[worker]
+        self._adopt()
         self._inner.share_outside_changes()
+        layout, state = self._replicas.layout, self._replicas.states[worker]
         layout.bind(state)
         try:
             with self._inner.workers[worker].turn(layout.everything if self.num_workers > 1 else [], keep_gradients):
@@ -204,9 +202,9 @@ class Engine:
 
     def flush(self) -> Sequence[OuterStepReport]:
         """One last synchronisation on a partial round; nothing if the last round is complete."""
+        self._adopt(thorough=True)
         if self.local_steps == self.context.round_start:
             return []
-        self._public.adopt(thorough=True)
         self._inner.share_outside_changes()
         return self._exchanged(self.algorithm.flush(self.local_steps))
 
@@ -221,13 +219,21 @@ class Engine:
         return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
 
     def adopt(self) -> None:
-        """Compares all values with what was written into the module between turns (ends of epochs and validations)."""
-        self._public.adopt(thorough=True)
+        """Compares all values, also where writing left no trace: for the ends of epochs and validations."""
+        self._adopt(thorough=True)
+
+    def _adopt(self, thorough: bool = False) -> None:
+        if self._public.adopt(thorough):
+            self.context.round_start = self.local_steps  # all replicas restarted: nothing is left of the round
 
     def finish(self) -> None:
         """Training is over: from here on the module holds θ, and what is written into it stays its own."""
+        was_transparent, complete = self.transparent, self.local_steps == self.context.round_start
         self._public.set_transparent(False)
-        self._public.publish(self.algorithm.publish())
+        if was_transparent and complete:
+            self._adopt(thorough=True)  # the only worker is θ, with what hooks wrote after the last round
+        else:
+            self._public.publish(self.algorithm.publish())
         self.finished = True
 
     def close(self) -> None:
@@ -262,7 +268,7 @@ class Engine:
             which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
         """
         if self.current_worker is None and not self._looking and not self.finished:
-            self._public.adopt()
+            self._adopt()
         with torch.no_grad():
             scratch = self._copy_of(which)
         self._looking += 1
@@ -289,7 +295,7 @@ class Engine:
                 yield
             after = [dict(own) for own in shown]
         self._public.adopt_buffers(before, after)
-        self._public.adopt(thorough=True)
+        self._adopt(thorough=True)
 
     def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.

@@ -75,7 +75,7 @@ class PublicModel:
         self.show()
 
     @torch.no_grad()
-    def adopt(self, thorough: bool = False) -> None:
+    def adopt(self, thorough: bool = False) -> bool:
         """Takes over what was written into the module between turns, tensor by tensor.
 
         A version counter or a pointer that moved only triggers the comparison; what counts are values, so that swapping
@@ -83,22 +83,28 @@ class PublicModel:
 
         Args:
             thorough: compare tensors without a trace of writing too (``.data.copy_`` leaves none).
+
+        Returns:
+            Whether every trainable parameter was changed, so that all replicas start from a new model.
         """
         if self.transparent:
-            return
+            return False
         if self.layout.changed():
             self._follow_structure()
         own = self._replicas.own = self.layout.read()
+        changed = []
         for name, trace in self._parameter_traces().items():
             if thorough or self._traces.get(name) != trace:
                 theta, written = self._outer.tensors[name], own.tensors[name]
                 if not same_bits(written, theta):
+                    changed.append(name)
                     theta.copy_(written)
                     for w in self._replicas.workers:
                         self._replicas.tensors(w)[name].copy_(written)
         if thorough or self._buffer_traces() != self._traced_buffers:
             self.adopt_buffers(self._outer.state.buffers, own.buffers)
         self._remember()
+        return set(self._outer.names) <= set(changed)
 
     @torch.no_grad()
     def adopt_buffers(self, before: Buffers, after: Buffers) -> None:

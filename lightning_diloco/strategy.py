@@ -88,6 +88,8 @@ class DilocoStrategy(SingleDeviceStrategy):
     """
 
     strategy_name = "diloco"
+    _trainers_accelerator: Accelerator | None = None
+    _trainers_precision: Precision | None = None
 
     def __init__(
         self,
@@ -142,7 +144,8 @@ class DilocoStrategy(SingleDeviceStrategy):
                     f"`{name}` (={value!r}) is about several processes, and this version runs all workers in one."
                     " Leave it out."
                 )
-        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io)
+        self._accelerator, self._precision_plugin = accelerator, precision_plugin
         self._algorithm = algorithm or Diloco()
         self._outer_factory = _outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
         has_outer = self._algorithm.outer_defaults is not None
@@ -245,6 +248,27 @@ class DilocoStrategy(SingleDeviceStrategy):
         return worker
 
     # ---------------------------------------------------------------------------------------- topology
+
+    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came from a
+    # Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the other.
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        return self._accelerator or self._trainers_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        self._trainers_accelerator = accelerator
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin or self._trainers_precision or Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        self._trainers_precision = precision_plugin
 
     @property
     def num_nodes(self) -> int:
@@ -353,6 +377,7 @@ class DilocoStrategy(SingleDeviceStrategy):
             policies=self._policies,
             seed=self._seed,
             scaler_owner=None if scaler is None else self.precision_plugin,  # type: ignore[arg-type]
+            schedulers=() if module.automatic_optimization else [c.scheduler for c in self.lr_scheduler_configs],
         )
 
     @override

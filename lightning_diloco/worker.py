@@ -6,7 +6,8 @@ Owns these per worker and swaps them in and out around the worker's turn. Does n
 Lightning.
 
 "Control state" is everything in an optimizer's ``param_groups`` except the parameters: learning rates, the counters of
-schedule-free optimizers, values that an overridden ``optimizer_step`` writes. What is written there between turns (LR
+schedule-free optimizers, values that an overridden ``optimizer_step`` writes; and the state of LR schedulers that the project
+steps itself. What is written there between turns (LR
 schedulers, callbacks) is meant for all workers; what is written during a turn belongs to that worker.
 """
 
@@ -60,15 +61,31 @@ def _copy_value(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def read_control(optimizer: Any) -> Control:
-    """The control state that the optimizer holds now; values by reference."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+class _Groups:
+    """The control state of an optimizer; values by reference."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def read(self) -> Control:
+        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+
+    def write(self, control: Control) -> None:
+        for group, values in zip(self._optimizer.param_groups, control, strict=True):
+            group.update(values)
 
 
-def write_control(optimizer: Any, control: Control) -> None:
-    """Puts ``control`` into the optimizer's groups, of which there must be as many."""
-    for group, values in zip(optimizer.param_groups, control, strict=True):
-        group.update(values)
+class _Schedule:
+    """The state of a scheduler that workers step themselves."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def read(self) -> Control:
+        return [copy.deepcopy(self._scheduler.state_dict())]
+
+    def write(self, control: Control) -> None:
+        self._scheduler.load_state_dict(copy.deepcopy(control[0]))
 
 
 class Worker:
@@ -77,6 +94,7 @@ class Worker:
     Args:
         index: global id.
         optimizers: the live inner optimizers, flattened; their present state is what the worker starts from.
+        controls: what has control state: the optimizers' groups, and schedulers.
         scaler_owner: holder of the gradient scaler, or None without one.
         stream: the worker's random stream, or None to draw from the process's own.
         original: take the live state and scaler objects themselves instead of copies (one worker per process does, so
@@ -87,6 +105,7 @@ class Worker:
         self,
         index: int,
         optimizers: Sequence[Any],
+        controls: Sequence["_Groups | _Schedule"],
         scaler_owner: ScalerOwner | None,
         stream: RandomStream | None,
         original: bool,
@@ -94,11 +113,12 @@ class Worker:
         self.index = index
         self.stream = stream
         self.states = [o.state if original else copy_state(o.state) for o in optimizers]
-        self.control = [read_control(o) for o in optimizers]
+        self.control = [c.read() for c in controls]
         scaler = None if scaler_owner is None else scaler_owner.scaler
         self.scaler = scaler if original else copy.deepcopy(scaler)
         self.gradients: dict[torch.nn.Parameter, Tensor] = {}
         self._optimizers = optimizers
+        self._controls = controls
         self._scaler_owner = scaler_owner
 
     @contextmanager
@@ -121,7 +141,7 @@ class Worker:
                     yield
         finally:
             self.states = [o.state for o in self._optimizers]
-            self.control = [read_control(o) for o in self._optimizers]
+            self.control = [c.read() for c in self._controls]
             for p in parameters:
                 if p.grad is not None:
                     if keep_gradients:
@@ -130,9 +150,10 @@ class Worker:
 
     def show(self) -> None:
         """Points the live optimizers and the scaler's owner to this worker's state."""
-        for optimizer, state, control in zip(self._optimizers, self.states, self.control, strict=True):
+        for optimizer, state in zip(self._optimizers, self.states, strict=True):
             optimizer.state = state
-            write_control(optimizer, control)
+        for holder, control in zip(self._controls, self.control, strict=True):
+            holder.write(control)
         if self._scaler_owner is not None:
             self._scaler_owner.scaler = self.scaler
 
@@ -161,12 +182,18 @@ class InnerOptimizers:
         optimizers: the optimizers that the training loop steps.
         scaler_owner: holder of the gradient scaler, or None.
         streams: global id of each worker hosted here → its random stream (None: the process's own).
+        schedulers: LR schedulers that the workers step themselves (manual optimization), so that each has its own.
     """
 
     def __init__(
-        self, optimizers: Sequence[Any], scaler_owner: ScalerOwner | None, streams: Mapping[int, RandomStream | None]
+        self,
+        optimizers: Sequence[Any],
+        scaler_owner: ScalerOwner | None,
+        streams: Mapping[int, RandomStream | None],
+        schedulers: Sequence[Any] = (),
     ) -> None:
         self.live = flatten_optimizers(optimizers)
+        self._controls: list[_Groups | _Schedule] = [*map(_Groups, self.live), *map(_Schedule, schedulers)]
         self._scaler_owner = scaler_owner
         self._streams = streams
         self.workers: dict[int, Worker] = {}
@@ -181,13 +208,13 @@ class InnerOptimizers:
         """The optimizers' present state is where every worker starts; before the first step only."""
         self.initial = [copy_state(o.state) for o in self.live]
         for i, (w, stream) in enumerate(self._streams.items()):
-            self.workers[w] = Worker(w, self.live, self._scaler_owner, stream, original=i == 0)
-        self._public = [read_control(o) for o in self.live]
+            self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
+        self._public = [c.read() for c in self._controls]
 
     def rest(self) -> None:
         """Between turns the optimizers and the scaler are the first worker's."""
         self.first.show()
-        self._public = [read_control(o) for o in self.live]
+        self._public = [c.read() for c in self._controls]
 
     def share_outside_changes(self) -> None:
         """What schedulers and callbacks wrote into the optimizers between turns is meant for every worker."""
@@ -196,7 +223,8 @@ class InnerOptimizers:
             if optimizer.state is not first.states[position]:  # Optimizer.load_state_dict makes a new one
                 for w in self.workers.values():
                     w.states[position] = optimizer.state if w is first else copy_state(optimizer.state)
-            live, public = read_control(optimizer), self._public[position]
+        for position, holder in enumerate(self._controls):
+            live, public = holder.read(), self._public[position]
             for g, values in enumerate(live):
                 known = public[g] if g < len(public) else {}
                 changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}

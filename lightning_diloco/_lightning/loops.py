@@ -104,7 +104,6 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
         self.batch_progress.is_last_batch = data_fetcher.done
-        engine.begin_step()
         batches = self._transfer(split_batch(fetched, engine.local_workers))
         batch = next(iter(batches.values()))  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
@@ -125,8 +124,9 @@ class DilocoEpochLoop(_TrainingEpochLoop):
                 self.batch_progress.increment_started()
                 with trainer.profiler.profile("run_training_batch"):
                     outputs = self._run_workers(batches, batch_idx)
-                with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
-                    _strategy_of(trainer).deliver(engine.end_step())
+                if not self.automatic_optimization._skip_backward:  # SWA's pass for BatchNorm statistics trains nothing
+                    with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
+                        _strategy_of(trainer).deliver(engine.end_step())
         self.batch_progress.increment_processed()
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
