@@ -7,6 +7,7 @@ own the outer step itself (``algorithms/``). Imports nothing of Lightning.
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -130,6 +131,12 @@ class SyncContext:
                 " infinity. Lower the inner learning rate or clip gradients; `DilocoStrategy(nonfinite='skip')`"
                 " leaves such workers out of a mean (one finite worker must remain), 'propagate' lets the values"
                 " through."
+            )
+        for w in bad:
+            warnings.warn(
+                f"Worker {w} is left out of the outer step at local step {self.local_steps}: its pseudo-gradient is not"
+                " finite. It restarts from θ with fresh inner state.",
+                stacklevel=2,
             )
         moving = sum(d > 0 for w, d in zip(self.workers, drift, strict=True) if w in good)
         pairs = len(good) * (len(good) - 1)

@@ -121,6 +121,8 @@ class Engine:
             for o in self._inner.live
             if hasattr(o, "register_step_post_hook")
         ]
+        if self.policies.inner_state != "keep":
+            self._hooks += self._inner.watch_groups()
         algorithm.setup(self.context)
         self._public.set_transparent(self._is_plain_run())
 

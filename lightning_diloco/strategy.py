@@ -249,7 +249,8 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     # ---------------------------------------------------------------------------------------- topology
 
-    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came from a
+    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
+    # from a
     # Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the other.
 
     @property

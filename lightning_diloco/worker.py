@@ -6,15 +6,16 @@ Owns these per worker and swaps them in and out around the worker's turn. Does n
 Lightning.
 
 "Control state" is everything in an optimizer's ``param_groups`` except the parameters: learning rates, the counters of
-schedule-free optimizers, values that an overridden ``optimizer_step`` writes; and the state of LR schedulers that the project
-steps itself. What is written there between turns (LR
-schedulers, callbacks) is meant for all workers; what is written during a turn belongs to that worker.
+schedule-free optimizers, values that an overridden ``optimizer_step`` writes; and the state of LR schedulers that the
+project steps itself. What is written there between turns (LR schedulers, callbacks) is meant for all workers; what is
+written during a turn belongs to that worker.
 """
 
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -197,6 +198,7 @@ class InnerOptimizers:
         self._scaler_owner = scaler_owner
         self._streams = streams
         self.workers: dict[int, Worker] = {}
+        self._stateful_groups: dict[int, str] = {}  # id of an optimizer → a group entry that its step() changed
         self.adopt()
 
     @property
@@ -236,6 +238,24 @@ class InnerOptimizers:
                 del w.control[position][len(live) :]
             self._public[position] = live
 
+    def watch_groups(self) -> list[Any]:
+        """From now on notices optimizers whose own ``step`` changes their groups; returns handles that end it."""
+        handles = []
+        for optimizer in self.live:
+            if hasattr(optimizer, "register_step_pre_hook"):
+                before: list[Control] = []  # a stack: torch runs the hooks for a step that calls super().step() twice
+                handles += [
+                    optimizer.register_step_pre_hook(lambda o, *_, before=before: before.append(_Groups(o).read())),
+                    optimizer.register_step_post_hook(partial(self._after_step, before)),
+                ]
+        return handles
+
+    def _after_step(self, before: list[Control], optimizer: Any, *_: Any) -> None:
+        for was, now in zip(before.pop(), _Groups(optimizer).read(), strict=False):
+            for key, value in now.items():
+                if key not in was or not _same_value(value, was[key]):
+                    self._stateful_groups.setdefault(id(optimizer), key)
+
     @contextmanager
     def sandbox(self) -> Iterator[None]:
         """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states."""
@@ -251,8 +271,14 @@ class InnerOptimizers:
             self.first.show()
 
     def check_averageable(self, policy: str) -> None:
-        """Raises if some inner state can be neither reset nor averaged in a meaningful way."""
+        """Raises if some inner state can be neither reset nor averaged in a meaningful way; after the first step."""
         for optimizer in self.live:
+            if id(optimizer) in self._stateful_groups:
+                raise ValueError(
+                    f"`inner_state` (={policy!r}) needs an inner optimizer that keeps its state in `state`;"
+                    f" {type(optimizer).__name__} keeps {self._stateful_groups[id(optimizer)]!r} in its `param_groups`."
+                    " Use `inner_state='keep'`."
+                )
             for values in optimizer.state.values():
                 for key, value in values.items() if isinstance(values, dict) else ():
                     if isinstance(value, (list, tuple)):
