@@ -141,7 +141,12 @@ def trial_optimizer(factory: OuterFactory) -> Optimizer:
     optimizer = factory([nn.Parameter(torch.zeros(1))])
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"it builds a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if needs_closure(optimizer):
         raise TypeError(f"{type(optimizer).__name__}.step needs a closure; an outer step has none to give")
     return optimizer
+
+
+def needs_closure(optimizer: Any) -> bool:
+    """Whether ``optimizer.step()`` can't do without a closure that evaluates the model again (LBFGS)."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -31,7 +31,7 @@ from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
 from lightning_diloco.engine import Engine, EvalWeights, Policies
-from lightning_diloco.outer import OuterFactory, is_plain_average, trial_optimizer
+from lightning_diloco.outer import OuterFactory, is_plain_average, needs_closure, trial_optimizer
 from lightning_diloco.randomness import run_seed
 
 
@@ -352,6 +352,12 @@ class DilocoStrategy(SingleDeviceStrategy):
                 f"{name} changes gradients before the inner step, which needs automatic optimization;"
                 f" {type(module).__name__} sets `automatic_optimization = False`."
             )
+        for optimizer in self.optimizers:
+            if needs_closure(optimizer):
+                raise MisconfigurationException(
+                    f"{name} needs one backward pass per step, but {type(optimizer).__name__} runs as many as it"
+                    " likes. Use another inner optimizer."
+                )
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"{name} exchanges gradients, which a gradient scaler scales differently on each worker. Use"

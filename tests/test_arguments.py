@@ -1,0 +1,306 @@
+"""Does every argument do something, and is bad input refused in words that help?"""
+
+import inspect
+import re
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import Net, copy_of, loader, regression_data, trainer
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_diloco import Diloco, DilocoStrategy, SyncAlgorithm
+
+
+class Project(Net):
+    """BatchNorm, a frozen layer that a hook moves, validation: something for every argument to act on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = nn.Linear(2, 2).requires_grad_(False)
+        with torch.no_grad():
+            self.slow.weight.fill_(0.5)
+            self.slow.bias.fill_(0.5)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.slow.weight.data.add_(self.net[0].weight.data[:2, :2], alpha=0.1)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        spoiled = self.trainer.global_step == 4 and self.trainer.strategy.current_worker == 1 and self.spoil
+        return loss * float("nan") if spoiled else loss
+
+    spoil = False
+
+
+def outcome(spoil: bool = False, **arguments: Any) -> Any:
+    """Everything a run leaves behind: weights, validation metrics, bytes, number of replicas in memory."""
+    L.seed_everything(8, verbose=False)
+    module, seen = Project(), []
+    module.spoil = spoil
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append({k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val")})
+
+    strategy = DilocoStrategy(**{"num_nodes": 3, "diloco_interval": 4, **arguments})
+    t = trainer(strategy, max_steps=10, val_check_interval=3, callbacks=[Look()])
+    try:
+        t.fit(module, loader(regression_data(120), shuffle=True), loader(regression_data(20), shuffle=False))
+    except RuntimeError as error:
+        return str(error)[:30]
+    weights = {k: v.tolist() for k, v in copy_of(module.state_dict()).items()}
+    workers = [{k: v.tolist() for k, v in strategy.worker_state_dict(w).items()} for w in strategy.local_workers]
+    return weights, workers, seen, strategy.ledger.total_bytes, strategy.memory_report()
+
+
+class EveryStep(Diloco):
+    def after_inner_step(self, tick):
+        return [self._synchronise("round")]
+
+
+def halves(dataset: Any, num_workers: int) -> list[list[int]]:
+    return [list(range(w, len(dataset) // 2, num_workers)) for w in range(num_workers)]
+
+
+LIVE: dict[str, list[dict[str, Any]]] = {  # settings of one argument, all of which must differ in effect
+    "num_nodes": [{"num_nodes": 2}, {}, {"num_nodes": 4}],
+    "diloco_interval": [{"diloco_interval": 1}, {"diloco_interval": 3}, {}],
+    "outer_optimizer_cls": [{}, {"outer_optimizer_cls": torch.optim.Adam}],
+    "outer_optimizer_kwargs": [{}, {"outer_optimizer_kwargs": {"lr": 0.7}}, {"outer_optimizer_kwargs": {"lr": 1.0}}],
+    "algorithm": [{}, {"algorithm": EveryStep()}],
+    "eval_weights": [{}, {"eval_weights": "outer"}, {"eval_weights": "worker"}],
+    "buffers": [{}, {"buffers": "first"}, {"buffers": "local"}],
+    "inner_state": [{}, {"inner_state": "reset"}, {"inner_state": "average"}],
+    "final_sync": [{}, {"final_sync": False}],
+    "partition": [{}, {"partition": halves}],
+    "nonfinite": [{"spoil": True}, {"spoil": True, "nonfinite": "skip"}, {"spoil": True, "nonfinite": "propagate"}],
+    "share_frozen": [{}, {"share_frozen": True}],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Worker 1 is left out")
+@pytest.mark.parametrize("argument", LIVE)
+def test_every_setting_of_an_argument_has_its_own_effect(argument: str) -> None:
+    outcomes = [repr(outcome(**setting)) for setting in LIVE[argument]]
+    assert len(set(outcomes)) == len(outcomes)
+
+
+@pytest.mark.parametrize("value", ["ordered", "all_reduce"])
+def test_reduction_changes_nothing_as_long_as_one_process_sums(value: str) -> None:
+    assert repr(outcome(reduction=value)) == repr(outcome())
+
+
+def test_none_of_the_arguments_is_missing_here() -> None:
+    elsewhere = {  # tested below
+        "reduction",
+        "accelerator",
+        "parallel_devices",
+        "cluster_environment",
+        "checkpoint_io",
+        "precision_plugin",
+        "process_group_backend",
+        "timeout",
+        "start_method",
+    }
+    assert set(inspect.signature(DilocoStrategy).parameters) == set(LIVE) | elsewhere
+
+
+def test_lightnings_own_arguments_reach_the_trainer(tmp_path: Any) -> None:
+    class Counting(TorchCheckpointIO):
+        saved = 0
+
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.saved += 1
+            super().save_checkpoint(*args, **kwargs)
+
+    class Environment(LightningEnvironment):
+        pass
+
+    io, precision = Counting(), MixedPrecision("bf16-mixed", "cpu")
+    accelerator, environment = CPUAccelerator(), Environment()
+    strategy = DilocoStrategy(
+        num_nodes=2,
+        accelerator=accelerator,
+        checkpoint_io=io,
+        precision_plugin=precision,
+        cluster_environment=environment,
+    )
+    t = trainer(strategy, accelerator="auto", max_steps=1)
+    assert t.accelerator is accelerator
+    assert t.precision_plugin is precision
+    assert strategy.cluster_environment is environment
+    t.fit(Net(), loader())
+    t.save_checkpoint(tmp_path / "x.ckpt")
+    assert io.saved == 1
+    devices = [torch.device("cpu", 0)]
+    assert trainer(DilocoStrategy(parallel_devices=devices), accelerator="cpu").strategy.root_device == devices[0]
+
+
+def test_num_nodes_of_the_trainer_stays_the_number_of_machines() -> None:
+    strategy = DilocoStrategy(num_nodes=3)
+    t = trainer(strategy)
+    assert (strategy.num_workers, strategy.num_nodes, t.num_nodes, t.world_size) == (3, 1, 1, 1)
+
+
+def test_one_strategy_object_serves_several_trainers() -> None:
+    strategy = DilocoStrategy(num_nodes=2, diloco_interval=2)
+    for precision in ("32-true", "bf16-mixed"):
+        module = Net()
+        trainer(strategy, max_steps=3, precision=precision).fit(module, loader())
+        assert strategy.local_steps == 3
+
+
+class NoOuter(SyncAlgorithm):
+    def after_inner_step(self, tick):
+        return []
+
+
+DEFAULTS = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+CHOICE = "`{0}` (='typo') must be one of {1}."
+NOT_YET = "`{0}` (={1!r}) is about several processes, and this version runs all workers in one. Leave it out."
+COUNT = "`{0}` (={1!r}) must be an integer ≥ 1: the number of {2}."
+WORKERS, STEPS = "simulated workers", "local steps between outer steps"
+CLASS = " must be a torch.optim.Optimizer class, or a callable that makes one from a list of parameters."
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"num_nodes": 0}, COUNT.format("num_nodes", 0, WORKERS)),
+    ({"num_nodes": True}, COUNT.format("num_nodes", True, WORKERS)),
+    ({"num_nodes": 2.0}, COUNT.format("num_nodes", 2.0, WORKERS)),
+    ({"diloco_interval": -3}, COUNT.format("diloco_interval", -3, STEPS)),
+    ({"diloco_interval": "10"}, COUNT.format("diloco_interval", "10", STEPS)),
+    ({"eval_weights": "typo"}, CHOICE.format("eval_weights", "'average', 'outer', 'worker'")),
+    ({"buffers": "typo"}, CHOICE.format("buffers", "'average', 'first', 'local'")),
+    ({"inner_state": "typo"}, CHOICE.format("inner_state", "'keep', 'reset', 'average'")),
+    ({"nonfinite": "typo"}, CHOICE.format("nonfinite", "'raise', 'skip', 'propagate'")),
+    ({"reduction": "typo"}, CHOICE.format("reduction", "'auto', 'ordered', 'all_reduce'")),
+    ({"final_sync": 1}, "`final_sync` (=1) must be True or False."),
+    ({"share_frozen": None}, "`share_frozen` (=None) must be True or False."),
+    (
+        {"partition": [[0]]},
+        "`partition` (=[[0]]) must be a callable `(dataset, num_workers) -> list of index lists`, or None.",
+    ),
+    ({"algorithm": "diloco"}, "`algorithm` (='diloco') must be an instance of SyncAlgorithm, like Diloco(), or None."),
+    ({"process_group_backend": "gloo"}, NOT_YET.format("process_group_backend", "gloo")),
+    ({"timeout": timedelta(1)}, NOT_YET.format("timeout", timedelta(1))),
+    ({"start_method": "spawn"}, NOT_YET.format("start_method", "spawn")),
+    ({"outer_optimizer_cls": 3}, "`outer_optimizer_cls` (=3)" + CLASS),
+    ({"outer_optimizer_cls": Net}, "`outer_optimizer_cls` (=Net)" + CLASS),
+    ({"outer_optimizer_kwargs": [1]}, "`outer_optimizer_kwargs` (=[1]) must be a dict or None."),
+    (
+        {"outer_optimizer_cls": lambda p: torch.optim.SGD(p, lr=1), "outer_optimizer_kwargs": {"lr": 2}},
+        "`outer_optimizer_kwargs` (={'lr': 2}) can't be combined with a callable `outer_optimizer_cls` (=<lambda>),"
+        " which has its arguments already. Pass None, or the optimizer's class.",
+    ),
+    (
+        {"outer_optimizer_kwargs": {"lr": -1.0}},
+        "The outer optimizer can't be built: `outer_optimizer_cls` (=SGD) with `outer_optimizer_kwargs` (={'lr': -1.0})"
+        " fails with: Invalid learning rate: -1.0",
+    ),
+    (
+        {"outer_optimizer_cls": torch.optim.LBFGS},
+        "The outer optimizer can't be built: `outer_optimizer_cls` (=LBFGS) with `outer_optimizer_kwargs` (={}) fails"
+        " with: LBFGS.step needs a closure; an outer step has none to give",
+    ),
+    (
+        {"outer_optimizer_cls": lambda p: list(p)},
+        "The outer optimizer can't be built: `outer_optimizer_cls` (=<lambda>) with `outer_optimizer_kwargs` (=None)"
+        " fails with: it builds a list, which is no torch.optim.Optimizer",
+    ),
+    (
+        {"algorithm": NoOuter(), "outer_optimizer_kwargs": {"lr": 1.0}},
+        "NoOuter has no outer optimizer, but `outer_optimizer_cls` (=SGD) or `outer_optimizer_kwargs` (={'lr': 1.0})"
+        " were given. Leave both out.",
+    ),
+    (
+        {"algorithm": NoOuter(), "outer_optimizer_cls": torch.optim.Adam},
+        "NoOuter has no outer optimizer, but `outer_optimizer_cls` (=Adam) or `outer_optimizer_kwargs` (=None) were"
+        " given. Leave both out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        DilocoStrategy(**arguments)
+    assert str(caught.value) == message
+
+
+def test_an_unknown_argument_is_refused_with_its_name() -> None:
+    with pytest.raises(TypeError, match="num_node'"):
+        DilocoStrategy(num_node=4)  # type: ignore[call-arg]
+
+
+def test_several_processes_or_machines_are_refused_for_now() -> None:
+    for arguments, message in (
+        (
+            {"devices": 2},
+            "The Trainer has 2 devices, and this version of DilocoStrategy runs all workers on one. Use"
+            " `Trainer(devices=1)`.",
+        ),
+        (
+            {"num_nodes": 2},
+            "`Trainer(num_nodes=2)` asks for several machines, and this version runs all workers in one process. Use"
+            " `Trainer(num_nodes=1)`; `DilocoStrategy(num_nodes=...)` is the number of workers.",
+        ),
+    ):
+        with pytest.raises(MisconfigurationException) as caught:
+            trainer(DilocoStrategy(), **arguments)
+        assert str(caught.value) == message
+
+
+def test_the_outer_defaults_are_the_papers_for_sgd_and_its_own_for_another_class() -> None:
+    def groups(**arguments: Any) -> Any:
+        strategy = DilocoStrategy(num_nodes=2, **arguments)
+        trainer(strategy, max_steps=1).fit(Net(), loader())
+        return strategy.outer_optimizer
+
+    assert DEFAULTS.items() <= groups().param_groups[0].items()
+    adam = groups(outer_optimizer_cls=torch.optim.Adam)
+    assert type(adam) is torch.optim.Adam
+    assert adam.param_groups[0]["lr"] == 1e-3
+    replaced = groups(outer_optimizer_kwargs={"lr": 0.5}).param_groups[0]  # replaced wholly, never merged
+    assert (replaced["lr"], replaced["momentum"], replaced["nesterov"]) == (0.5, 0, False)
+    made = groups(outer_optimizer_cls=lambda p: torch.optim.SGD(p, lr=0.25))
+    assert made.param_groups[0]["lr"] == 0.25
+
+
+def test_the_outer_learning_rate_can_be_scheduled() -> None:
+    seen: list[float] = []
+
+    class Schedule(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.schedule = torch.optim.lr_scheduler.ExponentialLR(trainer.strategy.outer_optimizer, 0.5)
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.strategy.local_steps % 2 == 0:
+                seen.append(trainer.strategy.outer_optimizer.param_groups[0]["lr"])
+                self.schedule.step()
+
+    strategy = DilocoStrategy(num_nodes=2, diloco_interval=2)
+    trainer(strategy, max_steps=6, callbacks=[Schedule()]).fit(Net(), loader())
+    assert seen == [0.7, 0.35, 0.175]
+
+
+def test_the_registry_knows_the_strategy() -> None:
+    t = trainer("diloco", max_steps=1)
+    assert isinstance(t.strategy, DilocoStrategy)
+    assert t.strategy.num_workers == 4
+    t.fit(Net(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_training_step_with_an_iterator_is_refused() -> None:
+    class Fetches(Net):
+        def training_step(self, dataloader_iter):
+            return self.loss(next(dataloader_iter)[0])
+
+    with pytest.raises(MisconfigurationException, match=re.escape("fetches batches by itself")):
+        trainer(DilocoStrategy(num_nodes=2), max_steps=1).fit(Fetches(), loader())
