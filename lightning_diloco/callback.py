@@ -18,13 +18,13 @@ _KEYS = ("diloco/outer_step", "diloco/pseudo_gradient_norm", "diloco/drift", "di
 class DilocoCallback(Callback):
     """Writes every outer step to the Trainer's loggers; attached automatically, your own takes that one's place.
 
-    ============================  ==================================================================
-    ``diloco/outer_step``         synchronisations done, from 1
+    ===============================  ==================================================================
+    ``diloco/outer_step``            synchronisations done, from 1
     ``diloco/pseudo_gradient_norm``  ‖Δ‖ of the mean pseudo-gradient
-    ``diloco/drift``              mean over workers of ‖θ_i − θ‖ / ‖θ‖
-    ``diloco/cosine``             mean pairwise cosine of the Δ_i; absent with fewer than two workers
-    ``diloco/comm_bytes``         bytes that one worker has sent so far, one direction
-    ============================  ==================================================================
+    ``diloco/drift``                 mean over workers of ‖θ_i − θ‖ / ‖θ‖
+    ``diloco/cosine``                mean pairwise cosine of the Δ_i; absent with fewer than two workers
+    ``diloco/comm_bytes``            bytes that one worker has sent so far, one direction
+    ===============================  ==================================================================
 
     They go straight to ``trainer.loggers`` at the step of the batch that ended the round, whatever
     ``log_every_n_steps``.

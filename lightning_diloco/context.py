@@ -170,9 +170,7 @@ class SyncContext:
 
     @torch.no_grad()
     def end_round(self, kind: str = "round") -> OuterStepReport:
-        """Closes a synchronisation: applies the policies for buffers, inner state and dropped workers, starts a new"
-        " round.
-        """
+        """Closes a synchronisation: applies the policies for buffers, inner state and dropped workers."""
         done = self._round
         assert done is not None, "end_round() without begin_round()"
         self._synchronise_frozen(done.participants)

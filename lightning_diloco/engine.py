@@ -39,9 +39,7 @@ EvalWeights = Literal["average", "outer", "worker"]
 
 @dataclass(frozen=True)
 class Policies:
-    """What the engine does where DiLoCo leaves a choice; the meanings are"
-    " :class:`~lightning_diloco.DilocoStrategy`'s.
-    """
+    """What the engine does where DiLoCo leaves a choice; see :class:`~lightning_diloco.DilocoStrategy`."""
 
     eval_weights: EvalWeights = "average"
     buffers: BufferPolicy = "average"
@@ -190,9 +188,7 @@ class Engine:
             self.algorithm.before_inner_step(self.local_steps + 1)
 
     def end_step(self) -> Sequence[OuterStepReport]:
-        """After the workers' turns: counts the local step if an optimizer stepped, and lets the algorithm"
-        " synchronise.
-        """
+        """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
         if not self._stepped:
             return []
         self._stepped = False
@@ -239,9 +235,7 @@ class Engine:
         self.finished = True
 
     def close(self) -> None:
-        """The end of a fit, however it ended: the module is left with its own tensors, the optimizers with worker"
-        " 0's state.
-        """
+        """However the fit ended: the module is left with its own tensors, the optimizers with worker 0's state."""
         self._public.set_transparent(False)
         self._inner.share_outside_changes()
         self._inner.rest()

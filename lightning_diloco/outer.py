@@ -76,22 +76,16 @@ class Outer:
         for name, value in values.items():
             self.state.tensors[name].copy_(value)
 
-    def relayout(self, layout: Layout, own: ModelState) -> None:
-        """Adopts a new layout; θ keeps what it had under a name, and the optimizer its state of surviving"
-        " parameters.
-        """
-        values = dict(own.tensors)
-        for name, old in self.state.tensors.items():
-            if name in values and values[name].shape == old.shape:
-                values[name] = old
-        self.state = layout.copy_of(ModelState(values, own.buffers))
-        for name in [n for n in self.parameters if n not in layout.parameters]:
-            self.parameters.pop(name)
-        for name, tensor in self.state.tensors.items():
-            if name in self.parameters:
-                self.parameters[name].data = tensor
-            else:
-                self.parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    def relayout(self, old: Layout, layout: Layout, own: ModelState) -> None:
+        """Adopts a new layout; θ keeps its values, and the optimizer its state, of the parameters that remain."""
+        self.state = layout.copy_of(layout.carried(old, self.state, own))
+        kept = {name: self.parameters[before] for name, before in layout.previous_names(old).items()}
+        self.parameters = {
+            name: kept.get(name, nn.Parameter(tensor, requires_grad=False))
+            for name, tensor in self.state.tensors.items()
+        }
+        for name, p in self.parameters.items():
+            p.data = self.state.tensors[name]
         self.refresh_trainable(layout)
 
     def refresh_trainable(self, layout: Layout) -> None:

@@ -108,9 +108,7 @@ class PublicModel:
 
     @torch.no_grad()
     def adopt_buffers(self, before: Buffers, after: Buffers) -> None:
-        """Buffers of ``after`` that differ by value from ``before`` become θ's, every replica's and the module's"
-        " own.
-        """
+        """Buffers of ``after`` that differ from ``before`` become everybody's: θ's, the replicas', the module's."""
         everybody = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
         for position, (old, new) in enumerate(zip(before, after, strict=True)):
             for name, value in list(new.items()):
@@ -126,8 +124,9 @@ class PublicModel:
             self.layout.signature = layout.signature
             self._outer.refresh_trainable(layout)
             return
+        old = self.layout
         self._replicas.relayout(layout)
-        self._outer.relayout(layout, self._replicas.own)
+        self._outer.relayout(old, layout, self._replicas.own)
         self._traces.clear()
 
     def _remember(self) -> None:

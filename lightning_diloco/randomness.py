@@ -42,9 +42,7 @@ class RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Torch draws from this stream inside the block; the outer stream continues afterwards as if nothing"
-        " happened.
-        """
+        """Torch draws from this stream inside the block; afterwards the outer stream continues untouched."""
         outside_cpu = torch.get_rng_state()
         torch.set_rng_state(self.cpu_state)
         if self._cuda is not None and self.cuda_state is not None:

@@ -161,6 +161,21 @@ class Layout:
                     )
                 tensor.copy_(p.data)
 
+    def previous_names(self, old: "Layout") -> dict[str, str]:
+        """New name → name in ``old``, for parameters that both have (pruning and parametrizations rename them)."""
+        known = {id(p): name for name, p in old.parameters.items()}
+        return {name: known[id(p)] for name, p in self.parameters.items() if id(p) in known}
+
+    def carried(self, old: "Layout", state: ModelState, own: ModelState) -> ModelState:
+        """``state``, made for ``old``, in this layout: references; what it lacks is taken from ``own``."""
+        tensors = dict(own.tensors)
+        for name, before in self.previous_names(old).items():
+            if state.tensors[before].shape == tensors[name].shape:
+                tensors[name] = state.tensors[before]
+        had = {id(m): buffers for m, buffers in zip(old.modules, state.buffers, strict=True)}
+        merged = [{**new, **had.get(id(m), {})} for m, new in zip(self.modules, own.buffers, strict=True)]
+        return ModelState(tensors, merged)
+
     def copy_of(self, source: ModelState) -> ModelState:
         """A new state with the values of ``source`` in storage of its own."""
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
@@ -219,25 +234,13 @@ class Replicas:
         return self._slots[key]
 
     def relayout(self, layout: Layout) -> None:
-        """Adopts ``layout`` after parameters came, went or were (un)frozen; what a worker had under a name, it"
-        " keeps.
-        """
-        known = {id(p): name for name, p in self.layout.parameters.items()}
+        """Adopts ``layout`` after parameters came, went or were (un)frozen; what a worker had, it keeps."""
         own = layout.read()
-        for worker, old in self.states.items():
-            values = dict(own.tensors)
-            for name, p in layout.parameters.items():
-                if id(p) in known and old.tensors[known[id(p)]].shape == p.shape:
-                    values[name] = old.tensors[known[id(p)]]
-            buffers = {id(m): b for m, b in zip(self.layout.modules, old.buffers, strict=True)}
-            merged = [buffers.get(id(m), b) for m, b in zip(layout.modules, own.buffers, strict=True)]
-            self.states[worker] = layout.copy_of(ModelState(values, merged))
-        for slot in self._slots.values():
-            for name in [n for n in slot if n not in layout.parameters]:
-                del slot[name]
-            for name, tensor in own.tensors.items():
-                if name not in slot or slot[name].shape != tensor.shape:
-                    slot[name] = torch.zeros_like(tensor)
+        self.states = {w: layout.copy_of(layout.carried(self.layout, old, own)) for w, old in self.states.items()}
+        for key, slot in self._slots.items():
+            old = ModelState(slot, [{} for _ in self.layout.modules])
+            zeros = ModelState({n: torch.zeros_like(t) for n, t in own.tensors.items()}, [{} for _ in layout.modules])
+            self._slots[key] = layout.carried(self.layout, old, zeros).tensors
         self.layout, self.own = layout, own
 
 

@@ -43,8 +43,8 @@ class DilocoStrategy(SingleDeviceStrategy):
 
         for batches in loader:                       # one batch per worker, each from the worker's own shard
             callbacks.on_train_batch_start           # once; the module holds θ
-            for worker in workers:                   # the module, its optimizers and torch's generator are the
-                worker's: module.on_train_batch_start          #   hooks of the LightningModule, as on every DDP rank
+            for worker in workers:                   # module, optimizers and torch's generator are the worker's
+                module.on_train_batch_start          # hooks of the LightningModule run as on every DDP rank
                 module.training_step, backward, clipping, optimizer.step
             every diloco_interval local steps:       # the outer step
                 Δ = mean over workers of (θ − θ_i)
@@ -162,6 +162,7 @@ class DilocoStrategy(SingleDeviceStrategy):
         self.parallel_devices = parallel_devices or []
         self.cluster_environment = cluster_environment
         self._engine: Engine | None = None
+        self._trial = False  # LR finder and batch-size finder run the fit loop before the fit proper
         self._seed = 0
         self._dealing: Dealing | None = None
         self.project_keeps_gradients = False
@@ -186,12 +187,12 @@ class DilocoStrategy(SingleDeviceStrategy):
     @property
     def local_steps(self) -> int:
         """Completed local steps; 0 before a fit, kept after it."""
-        return 0 if self._engine is None else self._engine.local_steps
+        return 0 if self._engine is None or self._trial else self._engine.local_steps
 
     @property
     def outer_steps(self) -> int:
         """Completed synchronisations; 0 before a fit, kept after it."""
-        return 0 if self._engine is None else self._engine.outer_steps
+        return 0 if self._engine is None or self._trial else self._engine.outer_steps
 
     @property
     def outer_optimizer(self) -> Optimizer:
@@ -309,6 +310,7 @@ class DilocoStrategy(SingleDeviceStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._engine = None
+        self._trial = True
         self._seed = run_seed()
         self._attach_callback()
         loops.install(trainer, per_worker=any(c.per_worker for c in self._reporters))
@@ -364,8 +366,15 @@ class DilocoStrategy(SingleDeviceStrategy):
                 " `precision='bf16-mixed'` or '32-true'."
             )
 
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if args == ("run-stage",):  # the Trainer's word for: everything is set up and restored, the fit proper begins
+            self._trial = False
+
     def start_engine(self) -> None:
         """The fit loop is about to start: every worker starts from what is in the module."""
+        if self._engine is not None:  # a trial's
+            self._engine.close()
         module = self.lightning_module
         assert module is not None
         if module.trainer.ckpt_path is not None:
@@ -402,6 +411,8 @@ class DilocoStrategy(SingleDeviceStrategy):
         """Hands reports to the callbacks."""
         module = self.lightning_module
         assert module is not None
+        if self._trial:
+            return
         step = loops.logging_step(module.trainer, after_training)
         for report in reports:
             for callback in self._reporters:
@@ -432,7 +443,9 @@ class DilocoStrategy(SingleDeviceStrategy):
         if module is not None:
             loops.uninstall(module.trainer)
         super().teardown()
-        if self._engine is not None:
+        if self._trial:
+            self._engine = None
+        elif self._engine is not None:
             self._engine.to(torch.device("cpu"))
 
     # ---------------------------------------------------------------------------------------- data

@@ -1,5 +1,4 @@
-"""One thread for everything: two threads on a loaded machine stall tens of times slower, and results must not depend"
-" on it."""
+"""One thread for everything: two on a loaded machine stall tens of times slower, and results must not depend on it."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What happens to buffers, inner optimizer state and non-finite workers at a synchronisation, on numbers done by hand."""
+"""What happens to buffers, inner state and non-finite workers at a synchronisation, on numbers done by hand."""
 
 from typing import Any
 
@@ -116,7 +116,9 @@ def test_inner_state(policy: str, expected: Any, sent: int) -> None:
     assert moments(engine) == [pytest.approx(e) for e in expected]
     assert report.payload_bytes == 16 + sent
     assert inner.state is engine.context.inner.first.states[0]
-    tensors = [v.data_ptr() for w in engine.context.inner.workers.values() for s in w.states[0].values() for v in s.values()]
+    tensors = [
+        v.data_ptr() for w in engine.context.inner.workers.values() for s in w.states[0].values() for v in s.values()
+    ]
     assert len(set(tensors)) == len(tensors)
 
 
@@ -140,8 +142,8 @@ def test_state_in_lists_or_groups_can_be_neither_reset_nor_averaged(policy: str)
             return super().step(closure)
 
     message = (
-        f"`inner_state` (='{policy}') needs an inner optimizer whose state is tensors and numbers; LBFGS keeps a list under"
-        " 'old_dirs'. Use `inner_state='keep'`."
+        f"`inner_state` (='{policy}') needs an inner optimizer whose state is tensors and numbers; LBFGS keeps a list"
+        " under 'old_dirs'. Use `inner_state='keep'`."
     )
     strategy = DilocoStrategy(num_nodes=2, inner_state=policy)
     with pytest.raises(ValueError) as caught:
@@ -149,8 +151,8 @@ def test_state_in_lists_or_groups_can_be_neither_reset_nor_averaged(policy: str)
     assert str(caught.value) == message
 
     message = (
-        f"`inner_state` (='{policy}') needs an inner optimizer that keeps its state in `state`; KeepsCount keeps 'k' in its"
-        " `param_groups`. Use `inner_state='keep'`."
+        f"`inner_state` (='{policy}') needs an inner optimizer that keeps its state in `state`; KeepsCount keeps 'k'"
+        " in its `param_groups`. Use `inner_state='keep'`."
     )
     with pytest.raises(ValueError) as caught:
         trainer(DilocoStrategy(num_nodes=2, inner_state=policy), max_steps=3).fit(
@@ -163,14 +165,16 @@ def test_a_non_finite_worker_raises_by_default_and_names_worker_and_step() -> No
     with pytest.raises(RuntimeError) as caught:
         one_round(bad={1})
     assert str(caught.value) == (
-        "The pseudo-gradient of worker 1 is not finite at local step 1 (1 of 3 workers). Its weights, or θ's, hold NaN or"
-        " infinity. Lower the inner learning rate or clip gradients; `DilocoStrategy(nonfinite='skip')` leaves such workers"
-        " out of a mean (one finite worker must remain), 'propagate' lets the values through."
+        "The pseudo-gradient of worker 1 is not finite at local step 1 (1 of 3 workers). Its weights, or θ's, hold"
+        " NaN or infinity. Lower the inner learning rate or clip gradients; `DilocoStrategy(nonfinite='skip')` leaves"
+        " such workers out of a mean (one finite worker must remain), 'propagate' lets the values through."
     )
 
 
 def test_skip_takes_the_mean_of_the_others_and_restarts_the_bad_worker() -> None:
-    with pytest.warns(UserWarning, match=r"^Worker 1 is left out of the outer step at local step 1: its pseudo-gradient"):
+    with pytest.warns(
+        UserWarning, match=r"^Worker 1 is left out of the outer step at local step 1: its pseudo-gradient"
+    ):
         engine, _, (report,) = one_round(bad={1}, nonfinite="skip", optimizer=adam, buffers="local")
     assert report.participants == (0, 2)
     assert not torch.isfinite(torch.tensor(report.drift[1]))

@@ -62,9 +62,7 @@ class WorkerBatches:
 
 
 def split_batch(batch: Any, workers: Sequence[int]) -> dict[int, Any]:
-    """The batch of each worker, where the loaders in a (nested) batch were dealt; what wasn't dealt, all workers"
-    " share.
-    """
+    """The batch of each worker. What wasn't dealt in a (nested) batch, all workers share."""
 
     def pick(worker: int) -> Any:
         return apply_to_collection(batch, WorkerBatches, lambda leaf: leaf.by_worker[worker])

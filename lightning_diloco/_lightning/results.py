@@ -56,9 +56,7 @@ class WorkerResults(_ResultCollection):
             self._step_values.setdefault(key, {})[self._worker] = cache
 
     def fold(self) -> None:
-        """After the workers' turns: the step value of each key becomes its reduction over the workers that logged"
-        " it.
-        """
+        """After the workers' turns: the step value of a key becomes its reduction over those who logged it."""
         for key, by_worker in self._step_values.items():
             metric, values = self[key], list(by_worker.values())
             if len(values) > 1:
