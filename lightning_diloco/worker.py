@@ -73,6 +73,8 @@ class _Groups:
 
     def write(self, control: Control) -> None:
         for group, values in zip(self._optimizer.param_groups, control, strict=True):
+            for key in group.keys() - values.keys() - {"params"}:  # what another worker's step() added
+                del group[key]
             group.update(values)
 
 
@@ -264,7 +266,7 @@ class InnerOptimizers:
         for position, optimizer in enumerate(self.live):
             optimizer.state = copy_state(optimizer.state)
             if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
-                average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)])
+                average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)], least=1)
         try:
             yield
         finally:
@@ -290,12 +292,13 @@ class InnerOptimizers:
 
 
 @torch.no_grad()
-def average_inner_state(states: Sequence[Sequence[OptimizerState]]) -> int:
-    """Averages, in place, the floating tensors with more than one element over workers; returns bytes sent per worker.
+def average_inner_state(states: Sequence[Sequence[OptimizerState]], least: int = 2) -> int:
+    """Averages, in place, the floating tensors with ``least`` elements or more; returns bytes sent per worker.
 
     Args:
         states: per worker, per optimizer, the optimizer's state. An entry that some workers lack (of a parameter that
             never had a gradient there) is averaged over those that have it.
+        least: elements that a tensor must have; 2 leaves step counters alone.
     """
     sent = 0
     for per_optimizer in zip(*states, strict=True):
@@ -303,7 +306,7 @@ def average_inner_state(states: Sequence[Sequence[OptimizerState]]) -> int:
         for state in per_optimizer:
             for parameter, values in state.items():
                 for key, value in values.items() if isinstance(values, dict) else ():
-                    if isinstance(value, Tensor) and value.numel() > 1 and not _is_integer(value):
+                    if isinstance(value, Tensor) and value.numel() >= least and not _is_integer(value):
                         entries.setdefault((id(parameter), key), []).append(value)
         for held in entries.values():
             mean = mean_of(held)
