@@ -377,7 +377,7 @@ class DilocoStrategy(SingleDeviceStrategy):
             self._engine.close()
         module = self.lightning_module
         assert module is not None
-        if module.trainer.ckpt_path is not None:
+        if module.trainer.ckpt_path is not None and module.trainer.global_step > 0:  # the LR finder restores step 0
             rank_zero_warn(
                 f"Resuming from {module.trainer.ckpt_path}: all workers start from its `state_dict` and its optimizer"
                 " state; the workers' own states, the outer optimizer's and the position in the round are not restored."
