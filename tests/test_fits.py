@@ -128,8 +128,8 @@ def test_a_checkpoint_loads_anywhere_and_resuming_says_what_it_does_not_restore(
         def on_train_start(self, trainer, pl_module):
             starts.extend(trainer.strategy.worker_state_dict(w) for w in range(3))
 
+    resumed = trainer(again, max_epochs=2, callbacks=[Look()])
     with pytest.warns(UserWarning, match="all workers start from its `state_dict` and its optimizer state"):
-        resumed = trainer(again, max_epochs=2, callbacks=[Look()])
         resumed.fit(Net(), loader(), ckpt_path=path)
     for start in starts:
         assert_same(start, copy_of(module.state_dict()))
@@ -165,7 +165,7 @@ def test_a_checkpoint_written_on_an_exception_holds_the_evaluated_weights(tmp_pa
 
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=100)
     t = trainer(strategy, callbacks=[C.OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
-    with pytest.raises(ValueError, match="^enough$"):
+    with pytest.raises(ValueError, match=r"^enough$"):
         t.fit(Fails(), loader(batch_size=2))
     (path,) = tmp_path.glob("*.ckpt")
     state = torch.load(path, weights_only=True)["state_dict"]
