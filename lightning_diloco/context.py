@@ -86,8 +86,8 @@ class SyncContext:
         return self.outer.names
 
     def due(self, tick: int) -> bool:
-        """Whether the present round has had its H local steps."""
-        return tick - self.round_start == self.interval
+        """Whether the present round has had its H local steps (or, H having changed on resume, a multiple of them)."""
+        return (tick - self.round_start) % self.interval == 0
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
         """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype."""

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_diloco import checkpoint
 from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
 from lightning_diloco.comm import Comm, mean_of
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
@@ -62,6 +63,7 @@ class Engine:
         seed: where the workers' random streams start; used for N > 1.
         scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
         schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
+        initial: what a worker's optimizer states are reset to; default: what they are now.
 
     Raises:
         ValueError: the module has nothing to train, or parameters that can't be replicated.
@@ -80,6 +82,7 @@ class Engine:
         seed: int = 0,
         scaler_owner: ScalerOwner | None = None,
         schedulers: Sequence[Any] = (),
+        initial: Sequence[Any] | None = None,
     ) -> None:
         self.module = module
         self.policies = policies or Policies()
@@ -93,13 +96,15 @@ class Engine:
                 f"{type(module).__name__} has no parameter with `requires_grad`, so there is nothing to synchronise."
                 " Unfreeze a parameter before training starts."
             )
+        self._seed = seed
         self._device = layout.parameters[layout.trainable[0]].device
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.own, outer_factory)
         self._public = PublicModel(self._replicas, self._outer)
         solo = num_workers == 1
         streams = {w: RandomStream(derive_seed(seed, "worker", w, 0), self._device) for w in self.local_workers}
-        self._inner = InnerOptimizers(optimizers, scaler_owner, dict.fromkeys(streams) if solo else streams, schedulers)
+        own_streams = dict.fromkeys(streams) if solo else streams
+        self._inner = InnerOptimizers(optimizers, scaler_owner, own_streams, schedulers, initial)
         self.context = SyncContext(
             replicas=self._replicas,
             outer=self._outer,
@@ -130,6 +135,36 @@ class Engine:
     def transparent(self) -> bool:
         """N = 1 with a plain average as outer step: nothing is swapped, the run is the plain run."""
         return self._public.transparent
+
+    def pack(self, seed: int) -> dict[str, Any]:
+        """The state of the run, for a checkpoint; see :mod:`lightning_diloco.checkpoint`.
+
+        Raises:
+            RuntimeError: inside a worker's turn, where the workers are not at the same step.
+        """
+        if self.current_worker is not None:
+            raise RuntimeError(
+                f"A checkpoint can't be saved inside worker {self.current_worker}'s turn, in which the workers are"
+                " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
+            )
+        if not self._looking and not self.finished:
+            self._adopt()
+            self._inner.share_outside_changes()
+        return checkpoint.pack(self.context, self.algorithm, seed)
+
+    @contextmanager
+    def first_workers_state(self) -> Iterator[None]:
+        """Inside, the optimizers hold the first worker's state, whatever a validation hook made of them."""
+        with self._inner.first_live():
+            yield
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continues from a state that :meth:`pack` made; before the first step."""
+        self._public.set_transparent(False)
+        checkpoint.apply(state, self.context, self.algorithm)
+        self._inner.rest()
+        self._public.publish(self.algorithm.publish())
+        self._public.set_transparent(self._is_plain_run())
 
     def adopt_optimizers(self) -> None:
         """Takes the inner optimizers' present state as where every worker starts; before the first step only."""
@@ -278,13 +313,15 @@ class Engine:
     def evaluation(self) -> Iterator[None]:
         """The window of a validation run: ``eval_weights`` in the module, parameters and inner state a sandbox.
 
-        Buffers that change inside are adopted by value. Optimizers with ``train()`` and ``eval()`` see the mean of the
+        Buffers that change inside are adopted by value. With N > 1 the window has a random stream of its own, so that
+        training draws the same numbers however often it is validated. Optimizers with ``train()`` and ``eval()`` see the mean of the
         workers' inner states: schedule-free's evaluation weights are linear in it.
         """
         if self._shows_eval_weights:
             yield
             return
-        with self.weights(self.policies.eval_weights):
+        stream = RandomStream(derive_seed(self._seed, "evaluation", self.local_steps), self._device)
+        with stream.active() if self.num_workers > 1 else nullcontext(), self.weights(self.policies.eval_weights):
             shown = self._replicas.layout.read().buffers
             before = copy_buffers(shown)
             with self._inner.sandbox():

@@ -73,7 +73,7 @@ class Layout:
     Attributes:
         parameters: name → replicated parameter of the live module.
         everything: all parameters of the module, shared ones too.
-        modules: submodules whose buffers are replicated.
+        modules, module_names: submodules whose buffers are replicated.
     """
 
     def __init__(self, module: nn.Module, share_frozen: bool = False) -> None:
@@ -98,11 +98,13 @@ class Layout:
         self.everything = list(module.parameters())
         self.signature = self._signature()
         metrics = {id(child) for m in module.modules() if isinstance(m, Metric) for child in m.modules()}
-        self.modules = [
-            m
-            for m in module.modules()
+        named = [
+            (name, m)
+            for name, m in module.named_modules()
             if id(m) not in metrics and not any(isinstance(b, UninitializedBuffer) for b in m._buffers.values())
         ]
+        self.module_names = [name for name, _ in named]
+        self.modules = [m for _, m in named]
 
     @property
     def names(self) -> list[str]:
@@ -202,13 +204,18 @@ class Replicas:
     Args:
         layout: the layout of the module; its present values are where every worker starts.
         workers: global ids of the workers hosted here, ascending.
+
+    Attributes:
+        own: the module's own tensors.
+        states: worker → its state.
+        slots: (worker, name) → what :meth:`slot` has handed out.
     """
 
     def __init__(self, layout: Layout, workers: Iterable[int]) -> None:
         self.layout = layout
         self.own = layout.read()
         self.states = {w: layout.copy_of(self.own) for w in workers}
-        self._slots: dict[tuple[int, str], dict[str, Tensor]] = {}
+        self.slots: dict[tuple[int, str], dict[str, Tensor]] = {}
 
     @property
     def workers(self) -> list[int]:
@@ -229,18 +236,18 @@ class Replicas:
     def slot(self, worker: int, name: str) -> dict[str, Tensor]:
         """Named per-worker tensors of an algorithm (parameter name → tensor), zero when first asked for."""
         key = (worker, name)
-        if key not in self._slots:
-            self._slots[key] = {n: torch.zeros_like(t) for n, t in self.tensors(worker).items()}
-        return self._slots[key]
+        if key not in self.slots:
+            self.slots[key] = {n: torch.zeros_like(t) for n, t in self.tensors(worker).items()}
+        return self.slots[key]
 
     def relayout(self, layout: Layout) -> None:
         """Adopts ``layout`` after parameters came, went or were (un)frozen; what a worker had, it keeps."""
         own = layout.read()
         self.states = {w: layout.copy_of(layout.carried(self.layout, old, own)) for w, old in self.states.items()}
-        for key, slot in self._slots.items():
+        for key, slot in self.slots.items():
             old = ModelState(slot, [{} for _ in self.layout.modules])
             zeros = ModelState({n: torch.zeros_like(t) for n, t in own.tensors.items()}, [{} for _ in layout.modules])
-            self._slots[key] = layout.carried(self.layout, old, zeros).tensors
+            self.slots[key] = layout.carried(self.layout, old, zeros).tensors
         self.layout, self.own = layout, own
 
 

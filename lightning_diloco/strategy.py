@@ -17,15 +17,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import loops
 from lightning_diloco._lightning.data import Dealing, deal
+from lightning_diloco._lightning.io import AtomicCheckpointIO
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
@@ -33,6 +35,7 @@ from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePo
 from lightning_diloco.engine import Engine, EvalWeights, Policies
 from lightning_diloco.outer import OuterFactory, is_plain_average, needs_closure, trial_optimizer
 from lightning_diloco.randomness import run_seed
+from lightning_diloco.worker import copy_state, flatten_optimizers
 
 
 class DilocoStrategy(SingleDeviceStrategy):
@@ -164,6 +167,8 @@ class DilocoStrategy(SingleDeviceStrategy):
         self._engine: Engine | None = None
         self._trial = False  # LR finder and batch-size finder run the fit loop before the fit proper
         self._seed = 0
+        self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the engine has taken it
+        self._initial_state: Sequence[Any] | None = None
         self._dealing: Dealing | None = None
         self.project_keeps_gradients = False
 
@@ -311,6 +316,7 @@ class DilocoStrategy(SingleDeviceStrategy):
             return
         self._engine = None
         self._trial = True
+        self._resumed = None
         self._seed = run_seed()
         self._attach_callback()
         loops.install(trainer, per_worker=any(c.per_worker for c in self._reporters))
@@ -346,6 +352,8 @@ class DilocoStrategy(SingleDeviceStrategy):
             )
             if self._algorithm.needs_gradients:
                 self._check_needs_gradients(module)
+            fresh = self._policies.inner_state == "reset" or self._policies.nonfinite == "skip"
+            self._initial_state = [copy_state(o.state) for o in flatten_optimizers(self.optimizers)] if fresh else None
 
     def _check_needs_gradients(self, module: LightningModule) -> None:
         name = type(self._algorithm).__name__
@@ -377,11 +385,6 @@ class DilocoStrategy(SingleDeviceStrategy):
             self._engine.close()
         module = self.lightning_module
         assert module is not None
-        if module.trainer.ckpt_path is not None and module.trainer.global_step > 0:  # the LR finder restores step 0
-            rank_zero_warn(
-                f"Resuming from {module.trainer.ckpt_path}: all workers start from its `state_dict` and its optimizer"
-                " state; the workers' own states, the outer optimizer's and the position in the round are not restored."
-            )
         scaler = getattr(self.precision_plugin, "scaler", None)
         self._engine = Engine(
             module,
@@ -394,11 +397,18 @@ class DilocoStrategy(SingleDeviceStrategy):
             seed=self._seed,
             scaler_owner=None if scaler is None else self.precision_plugin,  # type: ignore[arg-type]
             schedulers=() if module.automatic_optimization else [c.scheduler for c in self.lr_scheduler_configs],
+            initial=self._initial_state,
         )
+        if self._resumed is not None:
+            self._engine.resume(self._resumed)
 
     @override
     def on_train_start(self) -> None:
-        self.engine.adopt_optimizers()  # callbacks' on_train_start may have changed them
+        if self._resumed is None:
+            self.engine.adopt_optimizers()  # callbacks' on_train_start may have changed them
+        elif self._num_workers > 1:
+            checkpoint_format.restore_random(self._resumed)
+        self._resumed = None
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -429,6 +439,61 @@ class DilocoStrategy(SingleDeviceStrategy):
         reports = self.engine.flush() if self._final_sync else []
         self.engine.finish()
         self.deliver(reports, after_training=True)
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        complete = "optimizer_states" in checkpoint  # else a weights-only file
+        if complete and self._engine is not None and not self._is_plain_run:
+            state = self._engine.pack(self._seed)
+            dealt = self._num_workers > 1 or self._partition is not None
+            assert self.lightning_module is not None
+            trainer = self.lightning_module.trainer
+            state["loader"] = (
+                loops.detach_loader_state(checkpoint["loops"], loops.cycles_loaders(trainer)) if dealt else None
+            )
+            checkpoint_format.drop_repeated(state, checkpoint["state_dict"])
+            checkpoint["diloco"] = state
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The first worker's, an ordinary state that resumes anywhere; also during validation."""
+        with nullcontext() if self._engine is None else self._engine.first_workers_state():
+            return super().optimizer_state(optimizer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        state = checkpoint.get("diloco")
+        if fitting and state is not None:
+            checkpoint_format.check(state, self._num_workers, f"The checkpoint {checkpoint_path}")
+            checkpoint_format.restore_repeated(state, checkpoint["state_dict"])
+            if state["loader"] is not None:
+                loops.attach_loader_state(checkpoint["loops"], state["loader"])
+            self._seed = state["seed"]
+        return checkpoint
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        self._resumed = checkpoint.get("diloco")
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -186,6 +186,7 @@ class InnerOptimizers:
         scaler_owner: holder of the gradient scaler, or None.
         streams: global id of each worker hosted here → its random stream (None: the process's own).
         schedulers: LR schedulers that the workers step themselves (manual optimization), so that each has its own.
+        initial: optimizer states right after ``configure_optimizers``; default: the present ones.
     """
 
     def __init__(
@@ -194,12 +195,15 @@ class InnerOptimizers:
         scaler_owner: ScalerOwner | None,
         streams: Mapping[int, RandomStream | None],
         schedulers: Sequence[Any] = (),
+        initial: Sequence[OptimizerState] | None = None,
     ) -> None:
         self.live = flatten_optimizers(optimizers)
         self._controls: list[_Groups | _Schedule] = [*map(_Groups, self.live), *map(_Schedule, schedulers)]
         self._scaler_owner = scaler_owner
         self._streams = streams
         self.workers: dict[int, Worker] = {}
+        self._sandboxed = False
+        self._given_initial = initial
         self._stateful_groups: dict[int, str] = {}  # id of an optimizer → a group entry that its step() changed
         self.adopt()
 
@@ -210,7 +214,7 @@ class InnerOptimizers:
 
     def adopt(self) -> None:
         """The optimizers' present state is where every worker starts; before the first step only."""
-        self.initial = [copy_state(o.state) for o in self.live]
+        self.initial = self._given_initial or [copy_state(o.state) for o in self.live]
         for i, (w, stream) in enumerate(self._streams.items()):
             self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
         self._public = [c.read() for c in self._controls]
@@ -259,6 +263,21 @@ class InnerOptimizers:
                     self._stateful_groups.setdefault(id(optimizer), key)
 
     @contextmanager
+    def first_live(self) -> Iterator[None]:
+        """Inside, the live optimizers are the first worker's; afterwards what they were."""
+        if not self._sandboxed:
+            self.share_outside_changes()
+        states, control = [o.state for o in self.live], [c.read() for c in self._controls]
+        self.first.show()
+        try:
+            yield
+        finally:
+            for optimizer, state in zip(self.live, states, strict=True):
+                optimizer.state = state
+            for holder, values in zip(self._controls, control, strict=True):
+                holder.write(values)
+
+    @contextmanager
     def sandbox(self) -> Iterator[None]:
         """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states."""
         self.share_outside_changes()
@@ -267,9 +286,11 @@ class InnerOptimizers:
             optimizer.state = copy_state(optimizer.state)
             if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
                 average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)], least=1)
+        self._sandboxed = True
         try:
             yield
         finally:
+            self._sandboxed = False
             self.first.show()
 
     def check_averageable(self, policy: str) -> None:

@@ -25,6 +25,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import (
@@ -129,6 +130,7 @@ class _Dealt:
     generator: torch.Generator
     sampler: "_WorkerSampler | None" = None
     epoch: int = 0
+    skip: int = 0  # batches of each worker that the next iter() leaves out, because a checkpoint had consumed them
 
 
 class _DealtDataLoader:
@@ -139,15 +141,28 @@ class _DealtDataLoader:
     def __iter__(self) -> Iterator[WorkerBatches]:
         dealing = self._dealt.dealing
         self._dealt.generator.manual_seed(derive_seed(dealing.seed, "loader", self._dealt.epoch))
-        batches = super().__iter__()  # type: ignore[misc]
-        if self._dealt.sampler is None:
-            return _grouped(batches, dealing.num_workers, dealing.workers)
-        return _grouped(batches, len(dealing.workers), range(len(dealing.workers)), dealing.workers)
+        skip, self._dealt.skip = self._dealt.skip, 0
+        if self._dealt.sampler is not None:
+            self._dealt.sampler.skip = skip
+            batches = super().__iter__()  # type: ignore[misc]
+            return _grouped(batches, len(dealing.workers), range(len(dealing.workers)), dealing.workers)
+        groups = _grouped(super().__iter__(), dealing.num_workers, dealing.workers)  # type: ignore[misc]
+        return islice(groups, skip, None)
 
     def __len__(self) -> int:
         length: int = super().__len__()  # type: ignore[misc]
         dealing = self._dealt.dealing
         return length // (dealing.num_workers if self._dealt.sampler is None else len(dealing.workers))
+
+    def state_dict(self) -> dict[str, int]:
+        """Makes Lightning see a loader that can resume; the position itself comes from the training loop's progress."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next ``iter()`` starts in epoch ``state["epoch"]``, after ``state["consumed"]`` batches of each"
+        " worker."""
+        set_epoch(self, state["epoch"])
+        self._dealt.skip = _position(self, state)
 
 
 class _DealtIterable:
@@ -156,12 +171,30 @@ class _DealtIterable:
     def __init__(self, loader: Iterable[Any], dealing: Dealing) -> None:
         self.loader = loader
         self._dealing = dealing
+        self._skip = 0
 
     def __iter__(self) -> Iterator[WorkerBatches]:
-        return _grouped(iter(self.loader), self._dealing.num_workers, self._dealing.workers)
+        skip, self._skip = self._skip, 0
+        return islice(_grouped(iter(self.loader), self._dealing.num_workers, self._dealing.workers), skip, None)
+
+    def state_dict(self) -> dict[str, int]:
+        """As a dealt DataLoader's."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """As a dealt DataLoader's."""
+        self._skip = _position(self, state)
 
     def __len__(self) -> int:
         return len(self.loader) // self._dealing.num_workers  # type: ignore[arg-type]
+
+
+def _position(loader: Any, state: dict[str, int]) -> int:
+    """How many batches of the epoch a loader has handed out after ``consumed`` steps; short ones were cycled"
+    " through."""
+    length = sized_len(loader)
+    consumed = state["consumed"]
+    return consumed if length is None or consumed <= length or not state["cycles"] else consumed % length
 
 
 def _grouped(
@@ -276,6 +309,7 @@ class _WorkerSampler(Sampler[Any]):
         self._workers = workers
         self._batch_size = batch_size
         self._drop_last = drop_last
+        self.skip = 0  # batches of each worker that the next iter() leaves out
 
     @property
     def sampler(self) -> "_WorkerSampler":
@@ -283,7 +317,8 @@ class _WorkerSampler(Sampler[Any]):
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        rounds = iter(self._rounds)
+        skip, self.skip = self.skip, 0
+        rounds = islice(self._rounds, skip * (self._batch_size or 1), None)
         if self._batch_size is None:
             for items in rounds:
                 yield from (items[w] for w in self._workers)

@@ -12,7 +12,7 @@ used here are the same from Lightning 2.1 to 2.6.6; :func:`verify` checks them b
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import original, set_epoch, split_batch
@@ -152,7 +153,9 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             if self.restarted_on_last:
                 self._skip_next_val = True
                 return True
-            self.val_loop.increment_progress_to_evaluation_end()
+            alone = _strategy_of(self.trainer).engine.num_workers > 1  # else as in Lightning, which draws a loader's seed
+            with isolate_rng() if alone else nullcontext():
+                self.val_loop.increment_progress_to_evaluation_end()
         self.val_loop.restarting = False
         return False
 
@@ -372,6 +375,37 @@ def _live_objects(trainer: Trainer) -> list[Any]:
 def logging_step(trainer: Trainer, after_training: bool = False) -> int:
     """The step at which Lightning logs the present batch (after training: the last one); no public name says it."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(after_training)
+
+
+def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
+    """Takes the dealt loaders' entry out of ``checkpoint["loops"]``, since no other strategy could resume with it.
+
+    Returns:
+        The position in the data: epoch, batches of it that each worker has trained on, number of loaders.
+    """
+    fit = loops["fit_loop"]
+    states = fit["state_dict"].pop("combined_loader", [])
+    epoch, batches = fit["epoch_progress"]["current"]["processed"], fit["epoch_loop.batch_progress"]
+    consumed = batches["current"]["ready"]
+    if batches["is_last_batch"] and batches["current"]["completed"] < batches["current"]["processed"]:
+        epoch, consumed = epoch + 1, 0  # saved in the last on_train_batch_end: Lightning resumes with the next epoch
+    return {
+        "epoch": epoch,
+        "consumed": consumed,
+        "cycles": cycles,
+        "loaders": len(states),
+    }
+
+
+def attach_loader_state(loops: dict[str, Any], state: dict[str, Any]) -> None:
+    """Gives ``checkpoint["loops"]`` an entry for each dealt loader, as Lightning expects it."""
+    loops["fit_loop"]["state_dict"]["combined_loader"] = [state] * state["loaders"]
+
+
+def cycles_loaders(trainer: Trainer) -> bool:
+    """Whether shorter training loaders start again when they end."""
+    combined = trainer.fit_loop._combined_loader
+    return combined is not None and combined._mode == "max_size_cycle"
 
 
 def uses_distributed_sampler(trainer: Trainer) -> bool:

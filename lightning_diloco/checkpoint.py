@@ -1,0 +1,302 @@
+"""``checkpoint["diloco"]``: everything that a run with workers has beyond what Lightning saves.
+
+Owns the format: packing, checking, applying; all of it tensors and plain Python, so that files load with
+``weights_only=True``. Does not own files (``_lightning/io.py``) nor what Lightning saves itself (module, worker 0's
+optimizer state, loops). Imports nothing of Lightning.
+
+Format version 1 (worker ids are global; tensors are copies)::
+
+    version, num_workers, interval, seed
+    local_steps, round_start, outer_steps
+    exchanges   what the workers have sent: {"what", "steps", "bytes"}
+    outer       names (per group of the outer optimizer), parameters (a list: their values are state_dict's), buffers,
+    optimizer algorithm   SyncAlgorithm.state_dict() random      the process's own torch generators workers     id →
+    parameters (None: equal to θ), buffers, inner, control, scaler, random, gradients, slots loader      epoch, consumed
+    (batches of that epoch that each worker has trained on), loaders (how many there are)
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.algorithms.base import SyncAlgorithm
+from lightning_diloco.comm import Exchange, Ledger
+from lightning_diloco.context import SyncContext
+from lightning_diloco.replicas import Layout, ModelState, put_buffer, same_bits
+from lightning_diloco.worker import OptimizerState, Worker
+
+VERSION = 1
+
+Packed = dict[str, Any]
+
+
+def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int) -> Packed:
+    """The state of a run between turns, as copies."""
+    layout, outer = context.replicas.layout, context.outer
+    names = {id(p): n for n, p in outer.parameters.items()}
+    groups = outer.optimizer.param_groups
+    return {
+        "version": VERSION,
+        "num_workers": context.num_workers,
+        "interval": context.interval,
+        "seed": seed,
+        "local_steps": context.local_steps,
+        "round_start": context.round_start,
+        "outer_steps": context.outer_steps,
+        "exchanges": _pack_ledger(context.ledger),
+        "outer": {
+            "names": [[names[id(p)] for p in group["params"]] for group in groups],
+            "parameters": _clones(outer.tensors),
+            "buffers": _pack_buffers(layout, outer.state),
+            "optimizer": _copied(outer.optimizer.state_dict()),
+        },
+        "algorithm": _copied(algorithm.state_dict()),
+        "random": _pack_random(),
+        "workers": {w: _pack_worker(context, w) for w in context.replicas.workers},
+    }
+
+
+def check(state: Packed, num_workers: int, source: str) -> None:
+    """Whether ``state`` can be resumed with N = ``num_workers``; before anything is touched.
+
+    Raises:
+        ValueError: another format version, missing entries or workers, or another N in the middle of a round.
+    """
+    version = state.get("version")
+    if version != VERSION:
+        raise ValueError(
+            f"{source} has the DiLoCo format version {version!r}; this lightning_diloco reads version {VERSION}."
+            " Resume with the version that wrote it."
+        )
+    expected = {
+        "num_workers",
+        "local_steps",
+        "round_start",
+        "outer_steps",
+        "seed",
+        "outer",
+        "workers",
+        "random",
+        "loader",
+    }
+    missing = sorted(expected - state.keys())
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)} in its DiLoCo state: the file is damaged.")
+    lost = [w for w in range(state["num_workers"]) if w not in state["workers"]]
+    if lost:
+        raise ValueError(
+            f"{source} was written by {state['num_workers']} workers, but the state of worker"
+            f" {', '.join(map(str, lost))} is missing: the file is damaged."
+        )
+    done = state["local_steps"] - state["round_start"]
+    if num_workers != state["num_workers"] and done:
+        raise ValueError(
+            f"`num_nodes` (={num_workers}) differs from the {state['num_workers']} workers of {source}, which was saved"
+            f" {done} local steps into a round. The number of workers can change only at a synchronisation: resume"
+            f" from a checkpoint of local step {state['round_start']} or {state['round_start'] + state['interval']}."
+        )
+
+
+@torch.no_grad()
+def apply(state: Packed, context: SyncContext, algorithm: SyncAlgorithm) -> None:
+    """Continues where :func:`pack` was called; the caller publishes θ.
+
+    Workers that the file doesn't have start from θ with fresh inner state, with a warning.
+
+    Raises:
+        ValueError: the module's parameters are not the file's.
+    """
+    layout, outer = context.replicas.layout, context.outer
+    _check_parameters(state["outer"]["parameters"], outer.tensors)
+    context.local_steps, context.round_start = state["local_steps"], state["round_start"]
+    context.outer_steps = state["outer_steps"]
+    context.comm.ledger = _unpack_ledger(state["exchanges"])
+    outer.assign(state["outer"]["parameters"])
+    _unpack_buffers(layout, outer.state, state["outer"]["buffers"])
+    for group, names in zip(outer.optimizer.param_groups, state["outer"]["names"], strict=True):
+        group["params"] = [outer.parameters[n] for n in names]
+    outer.optimizer.load_state_dict(_copied(state["outer"]["optimizer"]))
+    algorithm.load_state_dict(state["algorithm"])
+    workers: Mapping[int, Packed] = state["workers"]
+    if state["num_workers"] != context.num_workers:
+        warnings.warn(
+            f"Resuming {state['num_workers']} workers as {context.num_workers}: new workers start from θ with fresh"
+            " inner optimizer state, and the data is dealt anew.",
+            stacklevel=2,
+        )
+    for w in context.replicas.workers:
+        if w in workers:
+            _unpack_worker(workers[w], context, w)
+        else:
+            context.restart([w], layout.names, outer.tensors)
+            _unpack_buffers(layout, context.replicas.states[w], state["outer"]["buffers"])
+            context.inner.workers[w].reset_inner_state(context.inner.initial)
+
+
+def drop_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
+    """Leaves θ out where the file's ``state_dict`` holds the same tensors."""
+    theta = state["outer"]["parameters"]
+    if all(isinstance(state_dict.get(n), Tensor) and same_bits(state_dict[n], t) for n, t in theta.items()):
+        state["outer"]["parameters"] = sorted(theta)
+
+
+def restore_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
+    """The reverse of :func:`drop_repeated`."""
+    theta = state["outer"]["parameters"]
+    if isinstance(theta, list):
+        state["outer"]["parameters"] = {n: state_dict[n].detach().clone() for n in theta}
+
+
+def restore_random(state: Packed) -> None:
+    """Sets the process's torch generators as they were when ``state`` was packed."""
+    torch.set_rng_state(state["random"]["cpu"])
+    if state["random"]["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+
+
+# -------------------------------------------------------------------------------------------- workers
+
+
+def _pack_worker(context: SyncContext, w: int) -> Packed:
+    layout, theta, replica = context.replicas.layout, context.outer.tensors, context.replicas.tensors(w)
+    worker = context.inner.workers[w]
+    names = {id(p): n for n, p in layout.parameters.items()}
+    stream = worker.stream
+    return {
+        "parameters": None if all(same_bits(replica[n], theta[n]) for n in theta) else _clones(replica),
+        "buffers": _pack_buffers(layout, context.replicas.states[w]),
+        "inner": [_pack_inner(o, s) for o, s in zip(context.inner.live, worker.states, strict=True)],
+        "control": _copied(worker.control),
+        "scaler": None if worker.scaler is None else _copied(worker.scaler.state_dict()),
+        "random": None if stream is None else {"cpu": stream.cpu_state.clone(), "cuda": _clone(stream.cuda_state)},
+        "gradients": {names[id(p)]: g.detach().clone() for p, g in worker.gradients.items() if id(p) in names},
+        "slots": {name: _clones(slot) for (i, name), slot in context.replicas.slots.items() if i == w},
+    }
+
+
+def _unpack_worker(packed: Packed, context: SyncContext, w: int) -> None:
+    layout, worker = context.replicas.layout, context.inner.workers[w]
+    values = context.outer.tensors if packed["parameters"] is None else packed["parameters"]
+    context.restart([w], layout.names, values)
+    _unpack_buffers(layout, context.replicas.states[w], packed["buffers"])
+    for state, optimizer, saved in zip(worker.states, context.inner.live, packed["inner"], strict=True):
+        _unpack_inner(optimizer, state, saved)
+    _unpack_control(worker, packed["control"])
+    if worker.scaler is not None and packed["scaler"] is not None:
+        worker.scaler.load_state_dict(packed["scaler"])
+    if worker.stream is not None and packed["random"] is not None:
+        worker.stream.cpu_state = packed["random"]["cpu"].clone()
+        if worker.stream.cuda_state is not None and packed["random"]["cuda"] is not None:
+            worker.stream.cuda_state = packed["random"]["cuda"].clone()
+    worker.gradients = {
+        layout.parameters[n]: g.to(layout.parameters[n].device, copy=True) for n, g in packed["gradients"].items()
+    }
+    for name, saved in packed["slots"].items():
+        for n, tensor in context.replicas.slot(w, name).items():
+            tensor.copy_(saved[n])
+
+
+def _unpack_control(worker: Worker, saved: Sequence[Any]) -> None:
+    if [len(c) for c in saved] != [len(c) for c in worker.control]:
+        raise ValueError(
+            f"The checkpoint's optimizers have {[len(c) for c in saved]} parameter groups, the module's"
+            f" {[len(c) for c in worker.control]}. Configure the optimizers as in the run that wrote it."
+        )
+    worker.control = _copied(list(saved))
+
+
+def _pack_inner(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
+    """Inner state with parameters by their position in the optimizer, other keys as they are."""
+    return {key: _copied(values) for key, values in _by_position(optimizer, state).items()}
+
+
+def _by_position(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
+    position = {id(p): i for i, p in enumerate(_parameters_of(optimizer))}
+    return {position.get(id(key), key): values for key, values in state.items()}
+
+
+def _unpack_inner(optimizer: Any, state: OptimizerState, saved: Mapping[Any, Any]) -> None:
+    parameters = _parameters_of(optimizer)
+    state.clear()
+    for key, values in saved.items():
+        owner = parameters[key] if isinstance(key, int) else key
+        device = owner.device if isinstance(owner, Tensor) else None
+        state[owner] = _copied(values, device)
+
+
+def _parameters_of(optimizer: Any) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# -------------------------------------------------------------------------------------------- tensors
+
+
+def _pack_buffers(layout: Layout, state: ModelState) -> dict[str, dict[str, Tensor | None]]:
+    return {
+        name: {k: _clone(b) for k, b in own.items()}
+        for name, own in zip(layout.module_names, state.buffers, strict=True)
+        if own
+    }
+
+
+def _unpack_buffers(layout: Layout, state: ModelState, saved: Mapping[str, Mapping[str, Tensor | None]]) -> None:
+    for name, own in zip(layout.module_names, state.buffers, strict=True):
+        for k, b in saved.get(name, {}).items():
+            present = own.get(k)
+            put_buffer(own, k, b if b is None or present is None else b.to(present.device))
+
+
+def _pack_ledger(ledger: Ledger) -> Packed:
+    return {
+        "what": [e.what for e in ledger.entries],
+        "steps": torch.tensor([e.local_step for e in ledger.entries], dtype=torch.int64),
+        "bytes": torch.tensor([e.payload_bytes for e in ledger.entries], dtype=torch.int64),
+    }
+
+
+def _unpack_ledger(saved: Packed) -> Ledger:
+    rows = zip(saved["steps"].tolist(), saved["what"], saved["bytes"].tolist(), strict=True)
+    return Ledger([Exchange(step, what, sent) for step, what, sent in rows])
+
+
+def _pack_random() -> Packed:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def _check_parameters(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    for name in sorted(saved.keys() | present.keys()):
+        if name not in saved or name not in present:
+            where = "the module" if name in present else "the checkpoint"
+            raise ValueError(
+                f"Parameter {name!r} is only in {where}. Resume with the module that wrote the checkpoint."
+            )
+        if saved[name].shape != present[name].shape:
+            raise ValueError(
+                f"Parameter {name!r} has the shape {tuple(saved[name].shape)} in the checkpoint and"
+                f" {tuple(present[name].shape)} in the module. Resume with the module that wrote the checkpoint."
+            )
+
+
+def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().clone(memory_format=torch.preserve_format) for n, t in tensors.items()}
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _copied(value: Any, device: torch.device | None = None) -> Any:
+    """A deep copy whose tensors share nothing with the original; optionally with them (but step counters) on a"
+    " device."""
+    if isinstance(value, Tensor):
+        clone = value.detach().clone()
+        return clone.to(device) if device is not None and value.numel() > 1 else clone
+    if isinstance(value, dict):
+        return {k: _copied(v, device) for k, v in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_copied(v, device) for v in value)
+    return copy.deepcopy(value)
