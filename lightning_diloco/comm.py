@@ -118,7 +118,7 @@ class Comm:
 def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """``x_0 + (Σ_{i>0} (x_i − x_0)) / N``, summed in order; with weights ``x_0 + Σ_{i>0} w_i (x_i − x_0) / Σ_i w_i``.
 
-    Tensors that are all equal have exactly that tensor as their mean; ``Σ x_i / N`` misses it for N = 3, 5, 6, 7.
+    Where all tensors are equal (infinite, too), so is their mean, exactly; ``Σ x_i / N`` misses it for N = 3, 5, 6, 7.
 
     Args:
         tensors: at least one; same shape and dtype.
@@ -133,6 +133,7 @@ def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
         return first
     shift = torch.zeros_like(first)
     for i, tensor in enumerate(tensors[1:], start=1):
-        difference = tensor.to(first.dtype) - first
+        tensor = tensor.to(first.dtype)
+        difference = (tensor - first).masked_fill_(tensor == first, 0)  # ∞ − ∞ would be NaN
         shift += difference if weights is None else difference * weights[i]
     return first.add_(shift.div_(len(tensors) if weights is None else sum(weights)))
