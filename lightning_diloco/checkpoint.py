@@ -34,8 +34,8 @@ VERSION = 1
 Packed = dict[str, Any]
 
 
-def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int) -> Packed:
-    """The state of a run between turns, as copies."""
+def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int, random: Packed) -> Packed:
+    """The state of a run between turns, as copies; ``random`` is that of the process's own generators."""
     layout, outer = context.replicas.layout, context.outer
     names = {id(p): n for n, p in outer.parameters.items()}
     groups = outer.optimizer.param_groups
@@ -55,7 +55,7 @@ def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int) -> Packed:
             "optimizer": _copied(outer.optimizer.state_dict()),
         },
         "algorithm": _copied(algorithm.state_dict()),
-        "random": _pack_random(),
+        "random": random,
         "workers": {w: _pack_worker(context, w) for w in context.replicas.workers},
     }
 
@@ -149,13 +149,6 @@ def restore_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
     theta = state["outer"]["parameters"]
     if isinstance(theta, list):
         state["outer"]["parameters"] = {n: state_dict[n].detach().clone() for n in theta}
-
-
-def restore_random(state: Packed) -> None:
-    """Sets the process's torch generators as they were when ``state`` was packed."""
-    torch.set_rng_state(state["random"]["cpu"])
-    if state["random"]["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
 
 
 # -------------------------------------------------------------------------------------------- workers
@@ -261,10 +254,6 @@ def _pack_ledger(ledger: Ledger) -> Packed:
 def _unpack_ledger(saved: Packed) -> Ledger:
     rows = zip(saved["steps"].tolist(), saved["what"], saved["bytes"].tolist(), strict=True)
     return Ledger([Exchange(step, what, sent) for step, what, sent in rows])
-
-
-def _pack_random() -> Packed:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def _check_parameters(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:

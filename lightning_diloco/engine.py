@@ -31,7 +31,7 @@ from lightning_diloco.comm import Comm, mean_of
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
 from lightning_diloco.outer import Outer, OuterFactory
 from lightning_diloco.public import PublicModel
-from lightning_diloco.randomness import RandomStream, derive_seed
+from lightning_diloco.randomness import RandomStream, derive_seed, process_state
 from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers
 from lightning_diloco.worker import InnerOptimizers, ScalerOwner
 
@@ -117,6 +117,7 @@ class Engine:
             nonfinite=self.policies.nonfinite,
         )
         self._stepped = False
+        self._outside_random: dict[str, Any] | None = None  # the process's generators, while validation has its own
         self._looking = 0  # how many weights() windows are open
         self.finished = False
         self._hooks = [
@@ -150,7 +151,7 @@ class Engine:
         if not self._looking and not self.finished:
             self._adopt()
             self._inner.share_outside_changes()
-        return checkpoint.pack(self.context, self.algorithm, seed)
+        return checkpoint.pack(self.context, self.algorithm, seed, self._outside_random or process_state())
 
     @contextmanager
     def first_workers_state(self) -> Iterator[None]:
@@ -321,12 +322,16 @@ class Engine:
             yield
             return
         stream = RandomStream(derive_seed(self._seed, "evaluation", self.local_steps), self._device)
-        with stream.active() if self.num_workers > 1 else nullcontext(), self.weights(self.policies.eval_weights):
-            shown = self._replicas.layout.read().buffers
-            before = copy_buffers(shown)
-            with self._inner.sandbox():
-                yield
-            after = [dict(own) for own in shown]
+        self._outside_random = process_state()
+        try:
+            with stream.active() if self.num_workers > 1 else nullcontext(), self.weights(self.policies.eval_weights):
+                shown = self._replicas.layout.read().buffers
+                before = copy_buffers(shown)
+                with self._inner.sandbox():
+                    yield
+                after = [dict(own) for own in shown]
+        finally:
+            self._outside_random = None
         self._public.adopt_buffers(before, after)
         self._adopt(thorough=True)
 

@@ -6,7 +6,7 @@ in for a while. Does not own Python's and NumPy's generators, nor randomness ins
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,19 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
+
+
+def process_state() -> dict[str, torch.Tensor | None]:
+    """The state of the process's own torch generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def set_process_state(state: Mapping[str, torch.Tensor | None]) -> None:
+    """The reverse of :func:`process_state`; a CUDA state is left out where there is no CUDA."""
+    if state["cpu"] is not None:
+        torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 class RandomStream:

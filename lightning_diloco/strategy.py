@@ -34,7 +34,7 @@ from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
 from lightning_diloco.engine import Engine, EvalWeights, Policies
 from lightning_diloco.outer import OuterFactory, is_plain_average, needs_closure, trial_optimizer
-from lightning_diloco.randomness import run_seed
+from lightning_diloco.randomness import run_seed, set_process_state
 from lightning_diloco.worker import copy_state, flatten_optimizers
 
 
@@ -352,8 +352,7 @@ class DilocoStrategy(SingleDeviceStrategy):
             )
             if self._algorithm.needs_gradients:
                 self._check_needs_gradients(module)
-            fresh = self._policies.inner_state == "reset" or self._policies.nonfinite == "skip"
-            self._initial_state = [copy_state(o.state) for o in flatten_optimizers(self.optimizers)] if fresh else None
+            self._initial_state = [copy_state(o.state) for o in flatten_optimizers(self.optimizers)]
 
     def _check_needs_gradients(self, module: LightningModule) -> None:
         name = type(self._algorithm).__name__
@@ -407,7 +406,7 @@ class DilocoStrategy(SingleDeviceStrategy):
         if self._resumed is None:
             self.engine.adopt_optimizers()  # callbacks' on_train_start may have changed them
         elif self._num_workers > 1:
-            checkpoint_format.restore_random(self._resumed)
+            set_process_state(self._resumed["random"])
         self._resumed = None
 
     @override
@@ -478,7 +477,15 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # torch raises nearly anything on a damaged file
+            raise ValueError(
+                f"The checkpoint {checkpoint_path} can't be read: it is truncated, or no checkpoint ({error})."
+                " Resume from another file."
+            ) from error
         assert self.lightning_module is not None
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         state = checkpoint.get("diloco")

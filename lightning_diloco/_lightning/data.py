@@ -339,7 +339,7 @@ class _WorkerSampler(Sampler[Any]):
 def _worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> _WorkerSampler:
     """The sampler (or batch sampler) that makes ``loader`` fetch the workers' batches in turn."""
     n, seed, batches = dealing.num_workers, dealing.seed, loader.batch_sampler
-    plain = batches is None or type(batches) is BatchSampler
+    plain = batches is None or type(batches) is BatchSampler or _is_torchdatas(batches)
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
     default = isinstance(sampler, SequentialSampler) or (
         isinstance(sampler, RandomSampler)
@@ -367,6 +367,11 @@ def _worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> _WorkerSampler
     elif isinstance(sampler, DistributedSampler):
         sampler, wrap = _undistributed(sampler, n), not sampler.drop_last
     return _WorkerSampler(_DealtRounds(sampler, n, seed, wrap), dealing.workers, size, drop_last)
+
+
+def _is_torchdatas(batches: Any) -> bool:
+    """Whether this is the BatchSampler that StatefulDataLoader makes, which differs from torch's in having a state."""
+    return isinstance(batches, BatchSampler) and type(batches).__module__.startswith("torchdata.")
 
 
 def _undistributed(sampler: DistributedSampler[Any], num_workers: int) -> DistributedSampler[Any]:
