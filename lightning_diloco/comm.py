@@ -136,4 +136,5 @@ def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
         tensor = tensor.to(first.dtype)
         difference = (tensor - first).masked_fill_(tensor == first, 0)  # ∞ − ∞ would be NaN
         shift += difference if weights is None else difference * weights[i]
-    return first.add_(shift.div_(len(tensors) if weights is None else sum(weights)))
+    mean = shift.div_(len(tensors) if weights is None else sum(weights)).add_(first)
+    return torch.where(mean == first, first, mean)  # keeps the sign of −0.0

@@ -8,7 +8,7 @@ own the outer step itself (``algorithms/``). Imports nothing of Lightning.
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.base import OuterStepReport
-from lightning_diloco.comm import Comm, Ledger
+from lightning_diloco.comm import Comm, Ledger, mean_of
 from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import BufferKey, Replicas, put_buffer, same_bits
+from lightning_diloco.replicas import Replicas, is_floating, put_buffer, same_bits
 from lightning_diloco.worker import InnerOptimizers, average_inner_state
 
 BufferPolicy = Literal["average", "first", "local"]
@@ -88,6 +88,11 @@ class SyncContext:
     def due(self, tick: int) -> bool:
         """Whether the present round has had its H local steps (or, H having changed on resume, a multiple of them)."""
         return (tick - self.round_start) % self.interval == 0
+
+    def at_rest(self) -> bool:
+        """Whether every worker's trainable parameters are θ's, bit for bit: there is nothing to synchronise."""
+        theta = self.outer.tensors
+        return all(same_bits(self.replicas.tensors(w)[n], theta[n]) for w in self.workers for n in self.names)
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
         """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype."""
@@ -174,7 +179,7 @@ class SyncContext:
         done = self._round
         assert done is not None, "end_round() without begin_round()"
         self._synchronise_frozen(done.participants)
-        self._synchronise_buffers(done)
+        self.synchronise_buffers(done.participants)
         self._synchronise_inner_state(done)
         self.round_start = self.local_steps
         self.outer_steps += 1
@@ -192,54 +197,40 @@ class SyncContext:
         )
 
     def _synchronise_frozen(self, participants: list[int]) -> None:
-        """Frozen parameters follow the policy of floating buffers."""
-        frozen = self.replicas.layout.frozen
-        read = self.replicas.tensors
-        differing = [
-            n for n in frozen if not all(same_bits(read(w)[n], read(self.workers[0])[n]) for w in self.workers)
-        ]
-        if self.buffers == "first":
-            values = {n: read(participants[0])[n].clone() for n in differing}
-            self.comm.record("buffers", sum(v.nbytes for v in values.values()))
-        else:
-            sent = "buffers" if self.buffers == "average" else None
-            values = dict(self.comm.mean(differing, read, participants, what=sent))
-        everywhere = {**{n: read(self.workers[0])[n] for n in frozen}, **values}
-        self.outer.assign(everywhere)
+        """Frozen parameters follow the policy of buffers: floating ones of floating buffers, others of integer ones."""
+        read, frozen = self.replicas.tensors, self.replicas.layout.frozen
+        held = {n: [read(w)[n] for w in self.workers] for n in frozen}
+        differing = [n for n, tensors in held.items() if not all(same_bits(t, tensors[0]) for t in tensors)]
+        averaged = [n for n in differing if self.buffers != "first" and is_floating(held[n][0])]
+        values = self.comm.mean(averaged, read, participants, what=None)
+        values |= {n: read(participants[0])[n].clone() for n in differing if n not in values}
+        self.outer.assign({**{n: held[n][0] for n in frozen}, **values})
         if self.buffers != "local":
+            self.comm.record("buffers", sum(held[n][0].nbytes for n in differing))
             self.restart(self.workers, differing, values)
 
-    def _synchronise_buffers(self, done: _Round) -> None:
+    @torch.no_grad()
+    def synchronise_buffers(self, participants: Sequence[int] | None = None) -> None:
         """Buffers follow the policy; tensors that all workers hold bit for bit are left alone and cost nothing."""
+        participants = self.workers if participants is None else participants
+        dropped = [w for w in self.workers if w not in participants]
         theta = self.outer.state.buffers
         states = [self.replicas.states[w].buffers for w in self.workers]
-        first = self.replicas.states[done.participants[0]]
+        first = self.replicas.states[participants[0]]
         sent = 0
-        for key, reference in list(first.named_buffers()):
-            position, name = key
+        for (position, name), reference in list(first.named_buffers()):
             held = [s[position].get(name) for s in states]
             if all(b is not None and same_bits(b, reference) for b in held):
                 value = reference
             else:
-                value = self._common_buffer(key, reference, done.participants)
-                targets = self.workers if self.buffers != "local" else done.dropped
+                held = [self.replicas.states[w].buffers[position].get(name) for w in participants]
+                value = reference.clone() if self.buffers == "first" else common_buffer(reference, held)
+                targets = self.workers if self.buffers != "local" else dropped
                 for w in targets:
                     put_buffer(self.replicas.states[w].buffers[position], name, value)
                 sent += reference.nbytes if self.buffers != "local" else 0
             put_buffer(theta[position], name, value)
         self.comm.record("buffers", sent)
-
-    def _common_buffer(self, key: BufferKey, reference: Tensor, participants: list[int]) -> Tensor:
-        """The mean of a floating buffer (unless the policy is "first"), else the first participant's."""
-        position, name = key
-        held = [self.replicas.states[w].buffers[position].get(name) for w in participants]
-        alike = all(b is not None and b.shape == reference.shape and b.dtype == reference.dtype for b in held)
-        floating = reference.is_floating_point() or reference.is_complex()
-        if self.buffers == "first" or not alike or not floating:
-            return reference.clone()
-        by_worker = dict(zip(participants, held, strict=True))
-        mean = self.comm.mean([name], lambda w: {name: _present(by_worker[w])}, participants, what=None)[name]
-        return mean.to(reference.dtype)
 
     def _synchronise_inner_state(self, done: _Round) -> None:
         targets = self.workers if self.inner_state == "reset" else done.dropped
@@ -250,9 +241,20 @@ class SyncContext:
             self.comm.record("inner_state", sent)
 
 
-def _present(buffer: Tensor | None) -> Tensor:
-    assert buffer is not None
-    return buffer
+def common_buffer(reference: Tensor, held: Sequence[Tensor | None]) -> Tensor:
+    """What stands for several workers' values of one buffer, as a new tensor.
+
+    Args:
+        reference: the first worker's.
+        held: every worker's; None where it has no such buffer.
+
+    Returns:
+        The mean, if all have a floating tensor of the same shape and dtype; else the first worker's.
+    """
+    alike = [b for b in held if b is not None and b.shape == reference.shape and b.dtype == reference.dtype]
+    if len(alike) < len(held) or not is_floating(reference):
+        return reference.clone()
+    return mean_of(alike).to(reference.dtype)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -13,13 +13,15 @@ engine runs without a Trainer::
                 optimizer.step()
         reports = engine.end_step()               # counts the step; synchronises when the round is over
     engine.flush()                                # one last outer step on a partial round
-    engine.close()                                # the module keeps θ, in its own tensors
+    engine.finish()                               # the module holds θ
+    engine.close()                                # gives hooks and gradients back
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -27,13 +29,13 @@ from torch import Tensor, nn
 
 from lightning_diloco import checkpoint
 from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
-from lightning_diloco.comm import Comm, mean_of
-from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
+from lightning_diloco.comm import Comm
+from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext, common_buffer
 from lightning_diloco.outer import Outer, OuterFactory
 from lightning_diloco.public import PublicModel
 from lightning_diloco.randomness import RandomStream, derive_seed, process_state
-from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers
-from lightning_diloco.worker import InnerOptimizers, ScalerOwner
+from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers, is_floating
+from lightning_diloco.worker import InnerOptimizers, ScalerOwner, flatten_optimizers
 
 EvalWeights = Literal["average", "outer", "worker"]
 
@@ -103,6 +105,9 @@ class Engine:
         self._public = PublicModel(self._replicas, self._outer)
         solo = num_workers == 1
         streams = {w: RandomStream(derive_seed(seed, "worker", w, 0), self._device) for w in self.local_workers}
+        if not solo:
+            _refuse_foreign_tensors(module, optimizers)
+            _refuse_overlaps(layout)
         own_streams = dict.fromkeys(streams) if solo else streams
         self._inner = InnerOptimizers(optimizers, scaler_owner, own_streams, schedulers, initial)
         self.context = SyncContext(
@@ -149,7 +154,7 @@ class Engine:
                 " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
             )
         if not self._looking and not self.finished:
-            self._adopt()
+            self._public.take_over()
             self._inner.share_outside_changes()
         return checkpoint.pack(self.context, self.algorithm, seed, self._outside_random or process_state())
 
@@ -167,9 +172,9 @@ class Engine:
         self._public.publish(self.algorithm.publish())
         self._public.set_transparent(self._is_plain_run())
 
-    def adopt_optimizers(self) -> None:
+    def restart_optimizers(self) -> None:
         """Takes the inner optimizers' present state as where every worker starts; before the first step only."""
-        self._inner.adopt()
+        self._inner.start_from_live()
 
     @contextmanager
     def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
@@ -195,10 +200,11 @@ class Engine:
 
     @contextmanager
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
-        self._adopt()
+        self._public.take_over()
         self._inner.share_outside_changes()
         layout, state = self._replicas.layout, self._replicas.states[worker]
         layout.bind(state)
+        layout.begin_turn()
         try:
             with self._inner.workers[worker].turn(layout.everything if self.num_workers > 1 else [], keep_gradients):
                 yield
@@ -211,6 +217,7 @@ class Engine:
             with torch.no_grad():
                 layout.collect(state)
         finally:
+            layout.end_turn()
             self._public.show()
             self._inner.rest()
 
@@ -229,15 +236,23 @@ class Engine:
             return []
         self._stepped = False
         self.context.local_steps += 1
-        if self.local_steps == 1 and self.policies.inner_state != "keep":
+        if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
             self._inner.check_averageable(self.policies.inner_state)
+        if self.transparent:
+            self._public.take_over()  # follows tensors that were replaced
         self._inner.share_outside_changes()
         return self._exchanged(self.algorithm.after_inner_step(self.local_steps))
 
     def flush(self) -> Sequence[OuterStepReport]:
-        """One last synchronisation on a partial round; nothing if the last round is complete."""
-        self._adopt(thorough=True)
-        if self.local_steps == self.context.round_start:
+        """One last synchronisation on a partial round; nothing if no step, or no change, is pending.
+
+        If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
+        synchronised all the same.
+        """
+        self._public.take_over(thorough=True)
+        if self.local_steps == self.context.round_start or self.context.at_rest():
+            self.context.synchronise_buffers()
+            self._public.publish(self.algorithm.publish())
             return []
         self._inner.share_outside_changes()
         return self._exchanged(self.algorithm.flush(self.local_steps))
@@ -252,20 +267,18 @@ class Engine:
     def _is_plain_run(self) -> bool:
         return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
 
-    def adopt(self) -> None:
-        """Compares all values, also where writing left no trace: for the ends of epochs and validations."""
-        self._adopt(thorough=True)
-
-    def _adopt(self, thorough: bool = False) -> None:
-        if self._public.adopt(thorough):
-            self.context.round_start = self.local_steps  # all replicas restarted: nothing is left of the round
+    def take_over(self) -> None:
+        """Takes over all that was written into the module, also where it left no trace: for starts and ends of"
+        " epochs.
+        """
+        self._public.take_over(thorough=True)
 
     def finish(self) -> None:
         """Training is over: from here on the module holds θ, and what is written into it stays its own."""
         was_transparent, complete = self.transparent, self.local_steps == self.context.round_start
         self._public.set_transparent(False)
         if was_transparent and complete:
-            self._adopt(thorough=True)  # the only worker is θ, with what hooks wrote after the last round
+            self._public.take_over(thorough=True)  # the only worker is θ, with what hooks wrote after the last round
         else:
             self._public.publish(self.algorithm.publish())
         self.finished = True
@@ -300,23 +313,26 @@ class Engine:
             which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
         """
         if self.current_worker is None and not self._looking and not self.finished:
-            self._adopt()
+            self._public.take_over()
         with torch.no_grad():
             scratch = self._copy_of(which)
+        gradients = [(p, p.grad) for p in self._replicas.layout.everything]
         self._looking += 1
         try:
             with self._replicas.layout.showing(scratch):
                 yield
         finally:
             self._looking -= 1
+            for p, gradient in gradients:
+                p.grad = gradient
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """The window of a validation run: ``eval_weights`` in the module, parameters and inner state a sandbox.
 
         Buffers that change inside are adopted by value. With N > 1 the window has a random stream of its own, so that
-        training draws the same numbers however often it is validated. Optimizers with ``train()`` and ``eval()`` see the mean of the
-        workers' inner states: schedule-free's evaluation weights are linear in it.
+        training draws the same numbers however often it is validated. Optimizers with ``train()`` and ``eval()`` see
+        the mean of the workers' inner states: schedule-free's evaluation weights are linear in it.
         """
         if self._shows_eval_weights:
             yield
@@ -332,8 +348,8 @@ class Engine:
                 after = [dict(own) for own in shown]
         finally:
             self._outside_random = None
-        self._public.adopt_buffers(before, after)
-        self._adopt(thorough=True)
+        self._public.take_over_buffers(before, after)
+        self._public.take_over(thorough=True)
 
     def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
@@ -358,13 +374,12 @@ class Engine:
         if which != "average":
             return layout.copy_of(replicas.states[self.local_workers[0] if which == "worker" else which])
         scratch = layout.copy_of(replicas.states[self.local_workers[0]])
-        for name, value in self.context.comm.mean(layout.names, replicas.tensors, what=None).items():
+        floating = [n for n in layout.names if is_floating(scratch.tensors[n])]
+        for name, value in self.context.comm.mean(floating, replicas.tensors, what=None).items():
             scratch.tensors[name].copy_(value)
         for (position, name), buffer in scratch.named_buffers():
             held = [replicas.states[w].buffers[position].get(name) for w in self.local_workers]
-            alike = [b for b in held if b is not None and b.shape == buffer.shape and b.dtype == buffer.dtype]
-            if len(alike) == len(held) and (buffer.is_floating_point() or buffer.is_complex()):
-                buffer.copy_(mean_of(alike))
+            buffer.copy_(common_buffer(buffer, held))
         return scratch
 
     # ---------------------------------------------------------------------------------------- what others may read
@@ -406,3 +421,42 @@ class Engine:
             "module": own,
             "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + own,
         }
+
+
+def _refuse_foreign_tensors(module: nn.Module, optimizers: Sequence[Any]) -> None:
+    """A tensor that an optimizer trains, but that is no parameter, would be shared by all workers and step N times."""
+    known = {id(p) for p in module.parameters()}
+    for optimizer in flatten_optimizers(optimizers):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and id(p) not in known:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} trains a tensor of shape {tuple(p.shape)} that is no parameter of"
+                        f" {type(module).__name__}, so workers can't have their own. Register it: `self.name ="
+                        " nn.Parameter(...)`, or its module as a submodule."
+                    )
+
+
+def _refuse_overlaps(layout: Layout) -> None:
+    """A parameter that shares memory with another tensor of the module would stop doing so in the replicas."""
+    spans = [(name, p.data) for name, p in layout.parameters.items()]
+    spans += [
+        (f"{module}.{name}".lstrip("."), b)
+        for module, buffers in zip(layout.module_names, layout.read().buffers, strict=True)
+        for name, b in buffers.items()
+        if b is not None
+    ]
+    used = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in spans if t.numel()]
+    parameters = set(layout.parameters)
+    for (_, end, name), (other_start, _, other) in pairwise(sorted(used)):
+        if other_start < end and {name, other} & parameters:
+            raise ValueError(
+                f"{name!r} and {other!r} of {type(layout.module).__name__} share memory, which replicas can't. To tie"
+                " parameters, assign the same nn.Parameter object to both."
+            )
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (sum(steps) + 1) * tensor.element_size()

@@ -35,6 +35,13 @@ class Outer:
         for name in self._trainable:
             self.parameters[name].requires_grad_()
         self.optimizer = factory([self.parameters[n] for n in self._trainable])
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        left_out = [n for n in self._trainable if id(self.parameters[n]) not in held]
+        if left_out:
+            raise ValueError(
+                f"The outer optimizer {type(self.optimizer).__name__} leaves out {', '.join(left_out)}, which would"
+                " never move. Give it every parameter it is called with."
+            )
 
     @property
     def names(self) -> list[str]:
@@ -127,12 +134,12 @@ def is_plain_average(optimizer: Optimizer) -> bool:
 
 
 def trial_optimizer(factory: OuterFactory) -> Optimizer:
-    """The outer optimizer over a dummy parameter, so that wrong arguments fail before anything starts.
+    """The outer optimizer over a dummy matrix, so that wrong arguments fail before anything starts.
 
     Raises:
         TypeError: what the factory makes is no torch optimizer, or its step needs a closure.
     """
-    optimizer = factory([nn.Parameter(torch.zeros(1))])
+    optimizer = factory([nn.Parameter(torch.zeros(2, 2))])
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"it builds a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
     if needs_closure(optimizer):

@@ -24,14 +24,15 @@ class PublicModel:
         outer: θ.
 
     Attributes:
-        transparent: the only worker's tensors stay live between turns (N = 1, plain average): nothing is swapped,
-            nothing needs adopting, the run is the plain run.
+        transparent: the only worker works on the module's own tensors (N = 1, plain average): nothing is swapped,
+            nothing needs to be taken over, the run is the plain run.
     """
 
     def __init__(self, replicas: Replicas, outer: Outer) -> None:
         self._replicas = replicas
         self._outer = outer
         self.transparent = False
+        self._published: dict[str, Tensor] = {}  # where an algorithm published something else than θ
         self._remember()
 
     @property
@@ -43,39 +44,26 @@ class PublicModel:
         self.layout.bind(self._replicas.own)
         self._remember()
 
-    @torch.no_grad()
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
-        """Copies a new outer model, and θ's buffers, into the module's own tensors."""
+        """Copies an outer model, and θ's buffers, into the module's own tensors."""
         if self.transparent:
             return
-        own = self._replicas.own
-        for name, tensor in parameters.items():
-            own.tensors[name].copy_(tensor)
-        for mine, theta in zip(own.buffers, self._outer.state.buffers, strict=True):
-            for name, buffer in theta.items():
-                put_buffer(mine, name, buffer)
+        theta = self._outer.tensors
+        self._published = {n: t.clone() for n, t in parameters.items() if t is not theta.get(n)}
+        self._replicas.own.copy_from(parameters, self._outer.state.buffers)
         self._remember()
 
-    @torch.no_grad()
     def set_transparent(self, transparent: bool) -> None:
-        """Switches between the only worker's tensors and the module's own; the values stay the worker's."""
-        if transparent == self.transparent:
-            return
-        self.transparent = transparent
-        worker = self._replicas.states[self._replicas.workers[0]]
-        if transparent:
-            self.layout.bind(worker)
-            return
-        self.layout.collect(worker)
-        for name, tensor in worker.tensors.items():
-            self._replicas.own.tensors[name].copy_(tensor)
-        for mine, theirs in zip(self._replicas.own.buffers, worker.buffers, strict=True):
-            for name, buffer in theirs.items():
-                put_buffer(mine, name, buffer)
-        self.show()
+        """Lets the only worker work on the module's own tensors, or gives it a copy of them again."""
+        if transparent != self.transparent:
+            (worker,) = self._replicas.workers
+            own = self._replicas.own = self.layout.read()
+            self._replicas.states[worker] = own if transparent else self.layout.copy_of(own)
+            self.transparent = transparent
+            self._remember()
 
     @torch.no_grad()
-    def adopt(self, thorough: bool = False) -> bool:
+    def take_over(self, thorough: bool = False) -> None:
         """Takes over what was written into the module between turns, tensor by tensor.
 
         A version counter or a pointer that moved only triggers the comparison; what counts are values, so that swapping
@@ -83,50 +71,45 @@ class PublicModel:
 
         Args:
             thorough: compare tensors without a trace of writing too (``.data.copy_`` leaves none).
-
-        Returns:
-            Whether every trainable parameter was changed, so that all replicas start from a new model.
         """
-        if self.transparent:
-            return False
         if self.layout.changed():
             self._follow_structure()
         own = self._replicas.own = self.layout.read()
-        changed = []
+        if self.transparent:
+            self._replicas.states[self._replicas.workers[0]] = own
+            return
         for name, trace in self._parameter_traces().items():
-            if thorough or self._traces.get(name) != trace:
-                theta, written = self._outer.tensors[name], own.tensors[name]
-                if not same_bits(written, theta):
-                    changed.append(name)
-                    theta.copy_(written)
-                    for w in self._replicas.workers:
-                        self._replicas.tensors(w)[name].copy_(written)
+            written, theta = own.tensors[name], self._outer.tensors[name]
+            suspect = thorough or self._traces.get(name) != trace
+            if suspect and not same_bits(written, self._published.get(name, theta)):
+                self._published.pop(name, None)
+                for tensors in (self._outer.tensors, *map(self._replicas.tensors, self._replicas.workers)):
+                    tensors[name].copy_(written)
         if thorough or self._buffer_traces() != self._traced_buffers:
-            self.adopt_buffers(self._outer.state.buffers, own.buffers)
+            self.take_over_buffers(self._outer.state.buffers, own.buffers)
         self._remember()
-        return set(self._outer.names) <= set(changed)
 
     @torch.no_grad()
-    def adopt_buffers(self, before: Buffers, after: Buffers) -> None:
+    def take_over_buffers(self, before: Buffers, after: Buffers) -> None:
         """Buffers of ``after`` that differ from ``before`` become everybody's: θ's, the replicas', the module's."""
         everybody = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
         for position, (old, new) in enumerate(zip(before, after, strict=True)):
+            for name in old.keys() - new.keys():
+                for state in everybody:
+                    state.buffers[position].pop(name, None)
             for name, value in list(new.items()):
-                known = old.get(name)
-                if value is not None and (known is None or not same_bits(known, value)):
+                if name not in old or not _same(old[name], value):
                     for state in everybody:
                         put_buffer(state.buffers[position], name, value)
 
     def _follow_structure(self) -> None:
-        """Parameters came, went, or were (un)frozen: the replicas and θ follow."""
-        layout = Layout(self.layout.module, self.layout.share_frozen)
-        if layout.names == self.layout.names and not self.layout.replaced():
-            self.layout.signature = layout.signature
-            self._outer.refresh_trainable(layout)
-            return
-        old = self.layout
+        """Parameters or submodules came, went, were reshaped or (un)frozen: the replicas and θ follow."""
+        old, layout = self.layout, self.layout.renewed()
         self._replicas.relayout(layout)
         self._outer.relayout(old, layout, self._replicas.own)
+        theta = self._outer.tensors
+        kept = {n: t for n, t in self._published.items() if n in theta and t.shape == theta[n].shape}
+        self._published = kept
         self._traces.clear()
 
     def _remember(self) -> None:
@@ -138,3 +121,7 @@ class PublicModel:
 
     def _buffer_traces(self) -> list[tuple[tuple[int, str], int, int]]:
         return [(key, b._version, b.data_ptr()) for key, b in self._replicas.own.named_buffers()]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else same_bits(a, b)

@@ -7,6 +7,7 @@ outer model (``outer.py``), nor when anything is exchanged (``algorithms/``). Im
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,16 @@ class ModelState:
                 if buffer is not None:
                     yield (position, name), buffer
 
+    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor], buffers: list[dict[str, Tensor | None]]) -> None:
+        """Takes over values, in place where shapes allow; tensors that hold them already are not written to."""
+        for name, tensor in tensors.items():
+            if not same_bits(self.tensors[name], tensor):
+                self.tensors[name].copy_(tensor)
+        for mine, theirs in zip(self.buffers, buffers, strict=True):
+            for name, buffer in theirs.items():
+                put_buffer(mine, name, buffer)
+
     def to(self, device: torch.device) -> None:
         """Moves the values; the parameters stay views of flat buffers."""
         flats = {(dtype, device): flat.to(device) for (dtype, _), flat in self.flats.items()}
@@ -69,6 +80,7 @@ class Layout:
     Args:
         module: the module; its parameters must be initialised and not be TorchScript's.
         share_frozen: leave parameters without ``requires_grad`` out: all workers use the module's own tensor.
+        resting: ids of parameters that lack ``requires_grad`` only for a while.
 
     Attributes:
         parameters: name → replicated parameter of the live module.
@@ -76,7 +88,7 @@ class Layout:
         modules, module_names: submodules whose buffers are replicated.
     """
 
-    def __init__(self, module: nn.Module, share_frozen: bool = False) -> None:
+    def __init__(self, module: nn.Module, share_frozen: bool = False, resting: set[int] | None = None) -> None:
         for name, p in module.named_parameters():
             if isinstance(p, UninitializedParameter):
                 raise ValueError(
@@ -92,8 +104,10 @@ class Layout:
                 )
         self.module = module
         self.share_frozen = share_frozen
+        self._required: set[int] = set()
+        self._resting: set[int] = resting or set()  # parameters that a worker's turn left without requires_grad
         self.parameters: dict[str, nn.Parameter] = {
-            name: p for name, p in module.named_parameters() if p.requires_grad or not share_frozen
+            name: p for name, p in module.named_parameters() if self._requires_grad(p) or not share_frozen
         }
         self.everything = list(module.parameters())
         self.signature = self._signature()
@@ -106,28 +120,51 @@ class Layout:
         self.module_names = [name for name, _ in named]
         self.modules = [m for _, m in named]
 
+    def renewed(self) -> "Layout":
+        """A layout of the module as it is now."""
+        return Layout(self.module, self.share_frozen, self._resting)
+
     @property
     def names(self) -> list[str]:
         return list(self.parameters)
 
     @property
     def trainable(self) -> list[str]:
-        return [name for name, p in self.parameters.items() if p.requires_grad]
+        """Parameters that require a gradient, or did until a worker's step turned that off for a while (as GANs do)."""
+        return [name for name, p in self.parameters.items() if self._requires_grad(p)]
 
     @property
     def frozen(self) -> list[str]:
-        return [name for name, p in self.parameters.items() if not p.requires_grad]
+        return [name for name, p in self.parameters.items() if not self._requires_grad(p)]
 
     def changed(self) -> bool:
-        """Whether parameters were added, removed or replaced, or (un)frozen, since this layout was made."""
+        """Whether parameters or submodules came, went, were reshaped or (un)frozen since this layout was made."""
         return self._signature() != self.signature
 
     def replaced(self) -> bool:
-        """Whether parameters were added, removed or replaced since this layout was made (freezing doesn't count)."""
-        return [i for i, _ in self._signature()] != [i for i, _ in self.signature]
+        """Whether parameters came, went or were replaced since this layout was made."""
+        return [id(p) for p in self.module.parameters()] != [id(p) for p in self.everything]
 
-    def _signature(self) -> list[tuple[int, bool]]:
-        return [(id(p), p.requires_grad) for p in self.module.parameters()]
+    def begin_turn(self) -> None:
+        """Before a worker's turn: notes which parameters require a gradient."""
+        self._required = {id(p) for p in self.everything if p.requires_grad}
+
+    def end_turn(self) -> None:
+        """After a worker's turn: what it left frozen is frozen for a while, not for good."""
+        required = {id(p) for p in self.everything if p.requires_grad}
+        self._resting = (self._resting | self._required) - required
+
+    def _requires_grad(self, p: nn.Parameter) -> bool:
+        return p.requires_grad or id(p) in self._resting
+
+    def _signature(self) -> list[Any]:
+        found: list[Any] = []
+        for module in self.module.modules():
+            found.append(id(module))
+            found += [
+                (id(p), self._requires_grad(p), p.shape, p.dtype) for p in module._parameters.values() if p is not None
+            ]
+        return found
 
     def read(self) -> ModelState:
         """The tensors that are in the module right now: references, not copies."""
@@ -172,7 +209,10 @@ class Layout:
         """``state``, made for ``old``, in this layout: references; what it lacks is taken from ``own``."""
         tensors = dict(own.tensors)
         for name, before in self.previous_names(old).items():
-            if state.tensors[before].shape == tensors[name].shape:
+            if (
+                state.tensors[before].shape == tensors[name].shape
+                and state.tensors[before].dtype == tensors[name].dtype
+            ):
                 tensors[name] = state.tensors[before]
         had = {id(m): buffers for m, buffers in zip(old.modules, state.buffers, strict=True)}
         merged = [{**new, **had.get(id(m), {})} for m, new in zip(self.modules, own.buffers, strict=True)]
@@ -271,11 +311,16 @@ def put_buffer(buffers: dict[str, Tensor | None], name: str, value: Tensor | Non
         buffers[name] = value.detach().clone()
 
 
+def is_floating(tensor: Tensor) -> bool:
+    """Whether a mean of such tensors makes sense: floating or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit (NaN equals the same NaN, 0.0 differs from -0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    if not (a.is_floating_point() or a.is_complex()):
+    if not is_floating(a):
         return torch.equal(a, b)
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)

@@ -17,7 +17,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -27,7 +26,7 @@ from typing_extensions import override
 from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import loops
 from lightning_diloco._lightning.data import Dealing, deal
-from lightning_diloco._lightning.io import AtomicCheckpointIO
+from lightning_diloco._lightning.io import atomic_by_default
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
@@ -79,11 +78,12 @@ class DilocoStrategy(SingleDeviceStrategy):
         nonfinite: a worker whose Δ_i is not finite at a synchronisation of N > 1 workers: "raise", "skip" (the mean is
             over the others; the worker restarts from θ with fresh inner state) or "propagate".
         share_frozen: all workers use one copy of the parameters without ``requires_grad``.
-        reduction: order of summation once workers live in several processes: "ordered" (bit-identical for every
-            layout), "all_reduce" (least traffic) or "auto". In one process the order is always that of the workers.
+        reduction: order of summation. In one process it is always that of the workers, "ordered" ("auto" means that);
+            "all_reduce" is for several processes.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's
             strategies.
-        process_group_backend, timeout, start_method: for several processes, which this version does not run yet.
+        process_group_backend, timeout, start_method: for several processes, which this version does not run yet; like
+            ``reduction="all_reduce"`` they are refused.
 
     Raises:
         ValueError: an argument is out of its range, or the outer optimizer can't be built from its arguments.
@@ -138,6 +138,7 @@ class DilocoStrategy(SingleDeviceStrategy):
                 f"`algorithm` (={algorithm!r}) must be an instance of SyncAlgorithm, like Diloco(), or None."
             )
         for name, value in (
+            ("reduction", None if reduction in ("auto", "ordered") else reduction),
             ("process_group_backend", process_group_backend),
             ("timeout", timeout),
             ("start_method", start_method),
@@ -159,7 +160,6 @@ class DilocoStrategy(SingleDeviceStrategy):
         self._policies = Policies(eval_weights, buffers, inner_state, nonfinite, share_frozen)
         self._final_sync = final_sync
         self._partition = partition
-        self._reduction = reduction
         self._machines = 1
         self._parallel_devices: list[torch.device] = []
         self.parallel_devices = parallel_devices or []
@@ -403,8 +403,9 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @override
     def on_train_start(self) -> None:
+        self.engine.take_over()
         if self._resumed is None:
-            self.engine.adopt_optimizers()  # callbacks' on_train_start may have changed them
+            self.engine.restart_optimizers()  # callbacks' on_train_start may have changed them
         elif self._num_workers > 1:
             set_process_state(self._resumed["random"])
         self._resumed = None
@@ -430,7 +431,8 @@ class DilocoStrategy(SingleDeviceStrategy):
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """The window of a validation run; before training has started (the sanity check) nothing is to be swapped."""
-        with nullcontext() if self._engine is None else self._engine.evaluation():
+        training = self._engine is not None and not self._engine.finished  # a finished one is a trial's
+        with self.engine.evaluation() if training else nullcontext():
             yield
 
     def finish_training(self) -> None:
@@ -444,10 +446,7 @@ class DilocoStrategy(SingleDeviceStrategy):
     @property
     @override
     def checkpoint_io(self) -> CheckpointIO:
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        self._checkpoint_io = atomic_by_default(self._checkpoint_io)
         return self._checkpoint_io
 
     @checkpoint_io.setter

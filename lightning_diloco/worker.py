@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from lightning_diloco.comm import mean_of
 from lightning_diloco.randomness import RandomStream
-from lightning_diloco.replicas import same_bits
+from lightning_diloco.replicas import is_floating, same_bits
 
 OptimizerState = dict[Any, Any]  # parameter → {name: tensor or Python value}, as in Optimizer.state
 Control = list[dict[str, Any]]  # one dict per parameter group
@@ -62,14 +62,20 @@ def _copy_value(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
+_MUTABLE = (Tensor, list, dict, set)
+
+
 class _Groups:
-    """The control state of an optimizer; values by reference."""
+    """The control state of an optimizer; what can be changed in place (tensors, lists) is copied."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
 
     def read(self) -> Control:
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        return [
+            {k: _copy_value(v) if isinstance(v, _MUTABLE) else v for k, v in group.items() if k != "params"}
+            for group in self._optimizer.param_groups
+        ]
 
     def write(self, control: Control) -> None:
         for group, values in zip(self._optimizer.param_groups, control, strict=True):
@@ -205,14 +211,14 @@ class InnerOptimizers:
         self._sandboxed = False
         self._given_initial = initial
         self._stateful_groups: dict[int, str] = {}  # id of an optimizer → a group entry that its step() changed
-        self.adopt()
+        self.start_from_live()
 
     @property
     def first(self) -> Worker:
         """The worker whose state the live optimizers show between turns."""
         return next(iter(self.workers.values()))
 
-    def adopt(self) -> None:
+    def start_from_live(self) -> None:
         """The optimizers' present state is where every worker starts; before the first step only."""
         self.initial = self._given_initial or [copy_state(o.state) for o in self.live]
         for i, (w, stream) in enumerate(self._streams.items()):
@@ -279,19 +285,26 @@ class InnerOptimizers:
 
     @contextmanager
     def sandbox(self) -> Iterator[None]:
-        """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states."""
+        """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states.
+
+        Control state that is written inside (learning rates, schedulers) is meant for every worker, as elsewhere.
+        """
         self.share_outside_changes()
         others = [w for w in self.workers.values() if w is not self.first]
         for position, optimizer in enumerate(self.live):
             optimizer.state = copy_state(optimizer.state)
-            if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
+            if _has_modes(optimizer):
                 average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)], least=1)
         self._sandboxed = True
         try:
             yield
         finally:
             self._sandboxed = False
-            self.first.show()
+            for position, optimizer in enumerate(self.live):
+                optimizer.state = self.first.states[position]
+                if _has_modes(optimizer):  # eval() without train() is undone, with all else that a hook wrote there
+                    self._controls[position].write(self.first.control[position])
+            self.share_outside_changes()
 
     def check_averageable(self, policy: str) -> None:
         """Raises if some inner state can be neither reset nor averaged in a meaningful way; after the first step."""
@@ -327,7 +340,7 @@ def average_inner_state(states: Sequence[Sequence[OptimizerState]], least: int =
         for state in per_optimizer:
             for parameter, values in state.items():
                 for key, value in values.items() if isinstance(values, dict) else ():
-                    if isinstance(value, Tensor) and value.numel() >= least and not _is_integer(value):
+                    if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):
                         entries.setdefault((id(parameter), key), []).append(value)
         for held in entries.values():
             mean = mean_of(held)
@@ -337,8 +350,9 @@ def average_inner_state(states: Sequence[Sequence[OptimizerState]], least: int =
     return sent
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
+def _has_modes(optimizer: Any) -> bool:
+    """Whether the optimizer switches between training and evaluation weights, like schedule-free ones."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 def _same_value(a: Any, b: Any) -> bool:

@@ -112,33 +112,6 @@ def test_the_batch_size_finder_scales_the_batch_of_one_worker() -> None:
     assert strategy.local_steps == t.num_training_batches == 192 // 3 // 8
 
 
-def test_a_checkpoint_loads_anywhere_and_resuming_says_what_it_does_not_restore(tmp_path: Path) -> None:
-    L.seed_everything(2, verbose=False)
-    strategy, module = DilocoStrategy(num_nodes=3, diloco_interval=4), Net()
-    t = trainer(strategy, max_epochs=1)
-    t.fit(module, loader())
-    path = tmp_path / "x.ckpt"
-    t.save_checkpoint(path)
-    other = Net()
-    trainer(max_epochs=2).fit(other, loader(), ckpt_path=path)  # under another strategy
-    again = DilocoStrategy(num_nodes=3, diloco_interval=4)
-    starts: list[Any] = []
-
-    class Look(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            starts.extend(trainer.strategy.worker_state_dict(w) for w in range(3))
-
-    resumed = trainer(again, max_epochs=2, callbacks=[Look()])
-    with pytest.warns(UserWarning, match="all workers start from its `state_dict` and its optimizer state"):
-        resumed.fit(Net(), loader(), ckpt_path=path)
-    for start in starts:
-        assert_same(start, copy_of(module.state_dict()))
-    assert again.local_steps == 8
-    assert resumed.global_step == 16
-    counts = {int(s["step"]) for w in again.engine.context.inner.workers.values() for s in w.states[0].values()}
-    assert counts == {16}
-
-
 def test_files_are_small_and_share_no_storage_with_the_replicas(tmp_path: Path) -> None:
     class Save(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):

@@ -124,7 +124,6 @@ def test_training_is_undisturbed_by_looking_at_weights_and_by_validation() -> No
                     p.add_(1)
             for state in t.optimizers[0].state.values():
                 state["exp_avg"].zero_()
-            t.optimizers[0].param_groups[0]["lr"] = 7.0
 
     quiet = run([], limit_val_batches=0)
     assert_same(run([Probe(look, "on_train_batch_end", "on_train_batch_start")], val_check_interval=2), quiet)

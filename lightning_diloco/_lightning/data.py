@@ -19,6 +19,7 @@ Indices and batches that are dealt from a sampler are made divisible by N by rep
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -118,6 +119,9 @@ _NO_PARTITION = (
 )
 
 
+_LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} workers and are dropped."
+
+
 # -------------------------------------------------------------------------------------------- loaders
 
 
@@ -160,7 +164,8 @@ class _DealtDataLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next ``iter()`` starts in epoch ``state["epoch"]``, after ``state["consumed"]`` batches of each"
-        " worker."""
+        " worker.
+        """
         set_epoch(self, state["epoch"])
         self._dealt.skip = _position(self, state)
 
@@ -191,7 +196,8 @@ class _DealtIterable:
 
 def _position(loader: Any, state: dict[str, int]) -> int:
     """How many batches of the epoch a loader has handed out after ``consumed`` steps; short ones were cycled"
-    " through."""
+    " through.
+    """
     length = sized_len(loader)
     consumed = state["consumed"]
     return consumed if length is None or consumed <= length or not state["cycles"] else consumed % length
@@ -204,10 +210,7 @@ def _grouped(
     workers = picks if workers is None else workers
     while group := list(islice(batches, size)):
         if len(group) < size:
-            rank_zero_warn(
-                f"The last {len(group)} batch(es) of the training stream don't suffice for {size} workers and are"
-                " dropped."
-            )
+            rank_zero_warn(_LEFT_OVER.format(left=len(group), workers=size))
             return
         yield WorkerBatches({w: group[p] for w, p in zip(workers, picks, strict=True)})
 
@@ -341,11 +344,8 @@ def _worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> _WorkerSampler
     n, seed, batches = dealing.num_workers, dealing.seed, loader.batch_sampler
     plain = batches is None or type(batches) is BatchSampler or _is_torchdatas(batches)
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
-    default = isinstance(sampler, SequentialSampler) or (
-        isinstance(sampler, RandomSampler)
-        and not sampler.replacement
-        and sampler.num_samples == len(sampler.data_source)
-    )
+    shuffles = _shuffles(sampler)
+    default = isinstance(sampler, SequentialSampler) or shuffles
     size = None if batches is None else getattr(batches, "batch_size", None)
     drop_last = bool(getattr(batches, "drop_last", False))
     rounds: _Rounds
@@ -354,10 +354,13 @@ def _worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> _WorkerSampler
             custom = sampler if plain else batches
             raise ValueError(_NO_PARTITION.format(what=f"the loader has a {type(custom).__name__} of its own"))
         parts = _checked_partition(dealing.partition(loader.dataset, n), n, len(loader.dataset))  # type: ignore[arg-type]
-        rounds = _PartitionRounds(parts, seed, shuffle=isinstance(sampler, RandomSampler) and not dealing.overfit)
+        rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit)
         return _WorkerSampler(rounds, dealing.workers, size, drop_last)
     if not dealing.use_distributed_sampler:
-        whole = sampler if batches is None else batches
+        whole: Any = sampler if batches is None else batches
+        left = 0 if sized_len(whole) is None else len(whole) % n
+        if left:
+            rank_zero_warn(_LEFT_OVER.format(left=left, workers=n))
         return _WorkerSampler(_DealtRounds(whole, n, seed, wrap=False), dealing.workers, None, False)
     if not plain:
         return _WorkerSampler(_DealtRounds(batches, n, seed, wrap=not drop_last), dealing.workers, None, False)
@@ -369,9 +372,15 @@ def _worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> _WorkerSampler
     return _WorkerSampler(_DealtRounds(sampler, n, seed, wrap), dealing.workers, size, drop_last)
 
 
-def _is_torchdatas(batches: Any) -> bool:
-    """Whether this is the BatchSampler that StatefulDataLoader makes, which differs from torch's in having a state."""
-    return isinstance(batches, BatchSampler) and type(batches).__module__.startswith("torchdata.")
+def _is_torchdatas(sampler: Any) -> bool:
+    """Whether this is a sampler that StatefulDataLoader makes, which differs from torch's in having a state."""
+    return type(sampler).__module__.startswith("torchdata.")
+
+
+def _shuffles(sampler: Any) -> bool:
+    """Whether this is what ``shuffle=True`` makes: every index once, in random order."""
+    random = isinstance(sampler, RandomSampler) or (_is_torchdatas(sampler) and hasattr(sampler, "replacement"))
+    return random and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
 
 
 def _undistributed(sampler: DistributedSampler[Any], num_workers: int) -> DistributedSampler[Any]:
@@ -386,7 +395,13 @@ def _undistributed(sampler: DistributedSampler[Any], num_workers: int) -> Distri
 
 
 def _checked_partition(returned: Any, num_workers: int, size: int) -> list[list[int]]:
-    parts = [[int(i) for i in part] for part in returned]
+    try:
+        parts = [[_index(i) for i in part] for part in returned]
+    except TypeError as error:
+        raise ValueError(
+            f"`partition` must return one list of integer indices per worker, not a {type(returned).__name__} like"
+            f" this: {error}."
+        ) from error
     if len(parts) != num_workers:
         raise ValueError(
             f"`partition` returned {len(parts)} lists of indices for {num_workers} workers. Return exactly one per"
@@ -402,3 +417,9 @@ def _checked_partition(returned: Any, num_workers: int, size: int) -> list[list[
         if not part:
             raise ValueError(f"`partition` gave worker {worker} no index. Every worker needs at least one sample.")
     return parts
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool":
+        raise TypeError(f"{value!r} is a boolean (`nonzero` turns masks into indices)")
+    return operator.index(value)

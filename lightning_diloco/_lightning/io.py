@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
 
@@ -40,6 +42,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def atomic_by_default(io: CheckpointIO | None) -> CheckpointIO:
+    """The user's CheckpointIO; where there is none, or a wrapper (AsyncCheckpointIO) around none, ours.
+
+    Private because the wrapper's base class, by which Lightning recognises it, has no public name.
+    """
+    if io is None:
+        return AtomicCheckpointIO()
+    if isinstance(io, _WrappingCheckpointIO) and io.checkpoint_io is None:
+        io.checkpoint_io = AtomicCheckpointIO()
+    return io
 
 
 def _umask() -> int:

@@ -73,6 +73,7 @@ class DilocoFitLoop(_FitLoop):
         epoch = int(self.epoch_progress.current.processed)  # type: ignore[attr-defined]  # what Lightning tells samplers
         for loader in self._combined_loader.flattened:
             set_epoch(loader, epoch)
+        self._strategy.engine.take_over()
 
     @override
     def on_advance_end(self) -> None:
@@ -82,7 +83,7 @@ class DilocoFitLoop(_FitLoop):
         super().on_advance_end()
         if values:
             _log(self.trainer, values, self.epoch_loop._batches_that_stepped - 1)
-        self._strategy.engine.adopt()
+        self._strategy.engine.take_over()
 
     @override
     def on_run_end(self) -> None:
@@ -153,7 +154,9 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             if self.restarted_on_last:
                 self._skip_next_val = True
                 return True
-            alone = _strategy_of(self.trainer).engine.num_workers > 1  # else as in Lightning, which draws a loader's seed
+            alone = (
+                _strategy_of(self.trainer).engine.num_workers > 1
+            )  # else as in Lightning, which draws a loader's seed
             with isolate_rng() if alone else nullcontext():
                 self.val_loop.increment_progress_to_evaluation_end()
         self.val_loop.restarting = False
@@ -189,7 +192,8 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             for w, batch in batches.items()
             if batch is not None and w in active
         }
-        if engine.algorithm.needs_gradients and automatic and not self._should_accumulate():
+        stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
+        if engine.algorithm.needs_gradients and automatic and stepping:
             outputs = self._run_after_all_backwards(turns, batch_idx)
         else:
             outputs = {}
@@ -207,9 +211,9 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
         engine, loop = _strategy_of(self.trainer).engine, self.automatic_optimization
         closures: dict[int, _Finished] = {}
-        for w, kwargs in turns.items():
-            with self._turn(w, kwargs.get("batch"), keep_gradients=True):
-                closure = loop._make_closure(kwargs, self.trainer.optimizers[0], batch_idx)
+        for w in self._each_worker(turns):
+            with self._turn(w, turns[w].get("batch"), keep_gradients=True):
+                closure = loop._make_closure(turns[w], self.trainer.optimizers[0], batch_idx)
                 closures[w] = _Finished(closure())
                 closures[w].output = closure.consume_result().asdict()
         engine.before_inner_steps()

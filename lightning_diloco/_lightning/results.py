@@ -35,12 +35,14 @@ class WorkerResults(_ResultCollection):
     def turn(self, worker: int, batch: Any) -> Iterator[None]:
         """What is logged inside is ``worker``'s, about ``batch`` (from which Lightning reads the batch size)."""
         self._worker = worker
+        outside = self.batch, self.batch_size
         for collection in self._collections(worker):
             collection.batch, collection.batch_size = batch, None
         try:
             yield
         finally:
             self._worker = None
+            self.batch, self.batch_size = outside
 
     @override
     def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
