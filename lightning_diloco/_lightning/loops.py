@@ -69,10 +69,18 @@ class DilocoFitLoop(_FitLoop):
     @override
     def on_advance_start(self) -> None:
         super().on_advance_start()
+        progress: Any = self.epoch_progress
+        begun = progress.current.ready > progress.current.completed
+        if not begun and self._strategy.num_workers > 1:
+            # Resumed from the last on_train_batch_end of an epoch, Lightning goes on with the next without saying so:
+            # the epoch doesn't count as begun, a file saved in it can't be resumed, and the hooks are left out.
+            progress.increment_ready()
+            call._call_callback_hooks(self.trainer, "on_train_epoch_start")
+            call._call_lightning_module_hook(self.trainer, "on_train_epoch_start")
+            progress.increment_started()
         assert self._combined_loader is not None
-        epoch = int(self.epoch_progress.current.processed)  # type: ignore[attr-defined]  # what Lightning tells samplers
         for loader in self._combined_loader.flattened:
-            set_epoch(loader, epoch)
+            set_epoch(loader, progress.current.processed)
         self._strategy.engine.take_over()
 
     @override

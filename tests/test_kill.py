@@ -1,0 +1,137 @@
+"""Does a run that is killed again and again, and restarted from its last file, end as the undisturbed run?"""
+
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import loader, regression_data, trainer
+from test_checkpoints import Project
+
+from lightning_diloco import DilocoStrategy
+
+KILLS = 20
+FORK = multiprocessing.get_context("fork")
+OTHER_FILE_SYSTEM = "/dev/shm"
+
+
+class Fails(Project):
+    """Raises in the step of a random worker at a random time, if told so."""
+
+    deadline = float("inf")
+
+    def training_step(self, batch, batch_idx):
+        if time.monotonic() > self.deadline and self.trainer.strategy.current_worker == 1:
+            raise ValueError("worker 1 is ill")
+        return super().training_step(batch, batch_idx)
+
+
+class Save(L.Callback):
+    """Writes the same file after every batch: a kill has every chance to hit a write."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.save_checkpoint("last.ckpt")
+
+
+def train(deadline: float = float("inf")) -> None:
+    if os.path.isdir(OTHER_FILE_SYSTEM):
+        tempfile.tempdir = OTHER_FILE_SYSTEM
+    L.seed_everything(5, verbose=False)
+    module, strategy = Fails(), DilocoStrategy(num_nodes=3, diloco_interval=4)
+    module.deadline = time.monotonic() + deadline
+    t = trainer(strategy, max_epochs=30, callbacks=[Save()])
+    path = "last.ckpt" if Path("last.ckpt").exists() else None
+    t.fit(module, loader(regression_data(45), 3), ckpt_path=path)
+    inner = strategy.engine.context.inner.workers.values()
+    result = {
+        "module": module.state_dict(),
+        "workers": [strategy.worker_state_dict(w) for w in range(3)],
+        "inner": [[list(s.values()) for s in w.states] for w in inner],
+        "outer": strategy.outer_optimizer.state_dict(),
+        "steps": [strategy.local_steps, strategy.outer_steps],
+    }
+    torch.save(result, "result.pt")
+
+
+def run(how: str, rng: random.Random) -> bool:
+    """One life of the run; whether it came to its end."""
+    delay = rng.uniform(0.05, 0.5)
+    child: Any = FORK.Process(target=train, args=(delay,) if how == "exception" else ())
+    child.start()
+    if how in ("SIGKILL", "SIGTERM"):
+        time.sleep(delay)
+        if child.is_alive():
+            os.kill(child.pid, getattr(signal, how))
+    child.join(120)
+    assert not child.is_alive()
+    return child.exitcode == 0
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exception"])
+def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "killed").mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    rng = random.Random(7)
+    assert run("", rng)
+    expected = torch.load("result.pt", weights_only=True)
+    monkeypatch.chdir(tmp_path / "killed")
+    steps = [0]
+    for _ in range(KILLS):
+        run(how, rng)
+        if Path("last.ckpt").exists():
+            steps.append(torch.load("last.ckpt", weights_only=True)["diloco"]["local_steps"])
+    assert steps == sorted(steps), "a restart never loses what a file holds"
+    assert len(set(steps)) > 3
+    assert run("", rng)
+    result = torch.load("result.pt", weights_only=True)
+    assert repr(result["steps"]) == repr(expected["steps"]) == "[150, 38]"
+    assert_equal(result, expected)
+    left = [p.name for p in Path().iterdir() if p.name not in ("last.ckpt", "result.pt")]
+    assert all(name.startswith(".last.ckpt.") and name.endswith(".part") for name in left)
+    assert how == "SIGKILL" or not left
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:
+    from lightning_diloco._lightning.io import AtomicCheckpointIO
+
+    io, path = AtomicCheckpointIO(), tmp_path / "x.ckpt"
+    io.save_checkpoint({"value": 1}, path)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def half(checkpoint: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        io.save_checkpoint({"value": 2}, path)
+    assert torch.load(path, weights_only=True) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
