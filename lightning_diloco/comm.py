@@ -81,9 +81,13 @@ class Comm:
                 " and not only zeros."
             )
         values = [read(w) for w in workers]
-        result = {name: mean_of([tensors[name] for tensors in values], weights) for name in names}
+        result, sent = {}, 0
+        for name in names:
+            held = [tensors[name] for tensors in values]
+            result[name] = mean_of(held, weights)
+            sent += held[0].nbytes
         if what is not None:
-            self.record(what, sum(values[0][name].nbytes for name in result))
+            self.record(what, sent)
         return result
 
     def exchange(

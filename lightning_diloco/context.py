@@ -8,7 +8,7 @@ own the outer step itself (``algorithms/``). Imports nothing of Lightning.
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +37,22 @@ class _Round:
     drift: tuple[float, ...]
     cosine: float | None
     norm: float
+
+
+class _Differences(Mapping[str, Tensor]):
+    """``minuend − subtrahend``, name by name on demand: all workers' Δ_i at once would be N more models in memory."""
+
+    def __init__(self, names: list[str], minuend: Mapping[str, Tensor], subtrahend: Mapping[str, Tensor]) -> None:
+        self._names, self._minuend, self._subtrahend = names, minuend, subtrahend
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._minuend[name] - self._subtrahend[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass
@@ -95,9 +111,8 @@ class SyncContext:
         return all(same_bits(self.replicas.tensors(w)[n], theta[n]) for w in self.workers for n in self.names)
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
-        """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype."""
-        theta, replica = self.outer.tensors, self.replicas.tensors(worker)
-        return {n: theta[n] - replica[n] for n in self.names}
+        """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype; each is computed when it is asked for."""
+        return _Differences(self.names, self.outer.tensors, self.replicas.tensors(worker))
 
     def gradients(self, worker: int) -> dict[str, Tensor]:
         """With ``needs_gradients``, in ``before_inner_step``: worker i's gradients; write to them in place."""

@@ -10,6 +10,7 @@ from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_diloco import DilocoStrategy
 
@@ -204,8 +205,7 @@ def weighted(dataset: Any, batch_size: int, **_: Any) -> DataLoader:
 
 
 def stateful(dataset: Any, batch_size: int, **_: Any) -> Any:
-    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
-    return torchdata.StatefulDataLoader(dataset, batch_size, shuffle=True)
+    return StatefulDataLoader(dataset, batch_size, shuffle=True)
 
 
 DATA = {

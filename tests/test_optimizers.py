@@ -3,15 +3,14 @@
 from typing import Any
 
 import lightning as L
+import prodigyopt
 import pytest
+import schedulefree
 import torch
 from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_diloco import DilocoStrategy
-
-prodigyopt = pytest.importorskip("prodigyopt")
-schedulefree = pytest.importorskip("schedulefree")
 
 SEED = 5
 

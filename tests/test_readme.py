@@ -17,7 +17,7 @@ def test_the_code_runs_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     code = [text for language, tag, text in BLOCKS if language == "python" and not tag]
     for block in code:
         exec(compile(block, "README.md", "exec"), namespace)  # the README's own code
-    assert len(code) == 4
+    assert len(code) == 5
     assert "step 4: the workers' pseudo-gradients have a mean cosine of" in capsys.readouterr().out
 
 

@@ -1,0 +1,108 @@
+"""Do the examples run as printed, and do their figures hold?"""
+
+import ast
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import lightning as L
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """The models of the examples have no buffers; tied weights count once."""
+    assert not list(model.buffers())
+    return sum(p.nbytes for p in model.parameters())
+
+
+def scalars(run: Path) -> EventAccumulator:
+    """The TensorBoard run in a folder."""
+    assert list(run.glob("events.out.tfevents.*"))
+    return EventAccumulator(str(run)).Reload()
+
+
+def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    digits = load("digits")
+    rows = digits.main(["--workers", "3", "--interval", "24", "--steps", "60", "--logdir", str(tmp_path)])
+
+    table = capsys.readouterr().out.splitlines()
+    assert [row.run for row in rows] == ["one worker", "diloco", "data parallel"]
+    assert [line.split("  ")[0] for line in table] == ["run", *(row.run for row in rows)]
+
+    L.seed_everything(0, verbose=False)
+    model = digits.DigitsCNN(lr=0.1)
+    images, labels = next(iter(torch.utils.data.DataLoader(digits.digits()[1], 360)))
+    at_start = torch.nn.functional.cross_entropy(model.net(images), labels).item()
+    for row in rows:
+        assert 0.3 < row.accuracy <= 1
+        assert 0 < row.loss < at_start
+        assert row.seconds > 0
+    # 60 steps in rounds of 24: two rounds and the flush; a gradient has as many bytes as the parameters
+    assert [row.bytes_sent for row in rows] == [0, 3 * parameter_bytes(model), 60 * parameter_bytes(model)]
+    for row in rows:
+        tags = scalars(tmp_path / row.run).Tags()["scalars"]
+        assert {"train_loss", "val_loss", "val_acc"} <= set(tags)
+        assert ("diloco/outer_step" in tags) == (row.run == "diloco")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
+    byte_gpt = load("byte_gpt")
+    size = (
+        "--layers 1 --width 32 --heads 2 --context 16 --megabytes 0.05 --workers 2 --interval 10 --steps 25 --lr 3e-3"
+    )
+    argv = [*size.split(), "--logdir", str(tmp_path), *(["--plain"] if plain else [])]
+    result = byte_gpt.main(argv)
+    model, _, val = byte_gpt.build(byte_gpt.parse(argv))
+
+    out = capsys.readouterr().out
+    assert all(name in out for name in result)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    assert result["bytes_sent_per_worker"] == (0 if plain else 3 * parameter_bytes(model))
+    with torch.no_grad():
+        at_start = sum(model.loss(window).item() for window in val) / len(val)
+    assert at_start == pytest.approx(math.log(256), abs=0.5)
+    assert 0 < result["val_loss"] < at_start - 0.5
+    assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))
+
+    events = scalars(tmp_path / ("plain" if plain else "diloco"))
+    assert ("diloco/outer_step" in events.Tags()["scalars"]) != plain
+    if not plain:
+        assert [e.value for e in events.Scalars("diloco/outer_step")] == [1, 2, 3]
+        assert events.Scalars("diloco/comm_bytes")[-1].value == result["bytes_sent_per_worker"]
+
+
+@pytest.mark.parametrize("name", ["digits", "byte_gpt"])
+def test_the_strategy_is_one_line(name):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert source.count("lightning_diloco") == 1
+    assert "\nfrom lightning_diloco import DilocoStrategy\n" in source
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    (made,) = [call for call in calls if getattr(call.func, "id", None) == "DilocoStrategy"]
+    assert made.lineno == made.end_lineno
+
+
+def test_byte_gpt_holds_out_text_it_never_trains_on():
+    byte_gpt = load("byte_gpt")
+    _, train, val = byte_gpt.build(byte_gpt.parse(["--megabytes", "0.05", "--context", "16"]))
+    text = byte_gpt.standard_library(0.05)
+    assert len(text) == 50_000
+    pieces = train.dataset[len(train.dataset) - 1], val.dataset[0], val.dataset[len(val.dataset) - 1]
+    starts = [(len(train.dataset) - 1) * 4, 47_500, 47_500 + (len(val.dataset) - 1) * val.dataset.stride]
+    for piece, start in zip(pieces, starts, strict=True):
+        assert torch.equal(piece, text[start : start + 17])
+    assert starts[0] + 17 <= 47_500
+    assert starts[2] + 17 <= 50_000
