@@ -111,7 +111,7 @@ class SyncContext:
         return all(same_bits(self.replicas.tensors(w)[n], theta[n]) for w in self.workers for n in self.names)
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
-        """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype; each is computed when it is asked for."""
+        """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype, each computed when asked for."""
         return _Differences(self.names, self.outer.tensors, self.replicas.tensors(worker))
 
     def gradients(self, worker: int) -> dict[str, Tensor]:
