@@ -279,9 +279,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 
 
 def _copied(value: Any, device: torch.device | None = None) -> Any:
-    """A deep copy whose tensors share nothing with the original; optionally with them (but step counters) on a"
-    " device.
-    """
+    """A deep copy that shares no tensor; with a device, all tensors but step counters are moved there."""
     if isinstance(value, Tensor):
         clone = value.detach().clone()
         return clone.to(device) if device is not None and value.numel() > 1 else clone

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lightning_diloco.algorithms.base import OuterStepReport
 from lightning_diloco.comm import Comm, Ledger, mean_of
+from lightning_diloco.inner import InnerOptimizers, average_inner_state
 from lightning_diloco.outer import Outer
 from lightning_diloco.replicas import Replicas, is_floating, put_buffer, same_bits
-from lightning_diloco.worker import InnerOptimizers, average_inner_state
 
 BufferPolicy = Literal["average", "first", "local"]
 InnerStatePolicy = Literal["keep", "reset", "average"]

@@ -21,7 +21,6 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -31,11 +30,13 @@ from lightning_diloco import checkpoint
 from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
 from lightning_diloco.comm import Comm
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext, common_buffer
+from lightning_diloco.inner import InnerOptimizers
 from lightning_diloco.outer import Outer, OuterFactory
 from lightning_diloco.public import PublicModel
 from lightning_diloco.randomness import RandomStream, derive_seed, process_state
+from lightning_diloco.refusals import refuse_foreign_tensors, refuse_overlaps, refuse_unswappable
 from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers, is_floating
-from lightning_diloco.worker import InnerOptimizers, ScalerOwner, flatten_optimizers
+from lightning_diloco.worker import ScalerOwner
 
 EvalWeights = Literal["average", "outer", "worker"]
 
@@ -92,12 +93,8 @@ class Engine:
         self.num_workers = num_workers
         self.local_workers = list(range(num_workers))
         self.current_worker: int | None = None
+        refuse_unswappable(module)
         layout = Layout(module, self.policies.share_frozen)
-        if not layout.trainable:
-            raise ValueError(
-                f"{type(module).__name__} has no parameter with `requires_grad`, so there is nothing to synchronise."
-                " Unfreeze a parameter before training starts."
-            )
         self._seed = seed
         self._device = layout.parameters[layout.trainable[0]].device
         self._replicas = Replicas(layout, self.local_workers)
@@ -106,8 +103,8 @@ class Engine:
         solo = num_workers == 1
         streams = {w: RandomStream(derive_seed(seed, "worker", w, 0), self._device) for w in self.local_workers}
         if not solo:
-            _refuse_foreign_tensors(module, optimizers)
-            _refuse_overlaps(layout)
+            refuse_foreign_tensors(module, optimizers)
+            refuse_overlaps(layout)
         own_streams = dict.fromkeys(streams) if solo else streams
         self._inner = InnerOptimizers(optimizers, scaler_owner, own_streams, schedulers, initial)
         self.context = SyncContext(
@@ -268,9 +265,7 @@ class Engine:
         return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
 
     def take_over(self) -> None:
-        """Takes over all that was written into the module, also where it left no trace: for starts and ends of"
-        " epochs.
-        """
+        """Takes over what was written into the module, also where it left no trace: around epochs and validations."""
         self._public.take_over(thorough=True)
 
     def finish(self) -> None:
@@ -421,42 +416,3 @@ class Engine:
             "module": own,
             "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + own,
         }
-
-
-def _refuse_foreign_tensors(module: nn.Module, optimizers: Sequence[Any]) -> None:
-    """A tensor that an optimizer trains, but that is no parameter, would be shared by all workers and step N times."""
-    known = {id(p) for p in module.parameters()}
-    for optimizer in flatten_optimizers(optimizers):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and id(p) not in known:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} trains a tensor of shape {tuple(p.shape)} that is no parameter of"
-                        f" {type(module).__name__}, so workers can't have their own. Register it: `self.name ="
-                        " nn.Parameter(...)`, or its module as a submodule."
-                    )
-
-
-def _refuse_overlaps(layout: Layout) -> None:
-    """A parameter that shares memory with another tensor of the module would stop doing so in the replicas."""
-    spans = [(name, p.data) for name, p in layout.parameters.items()]
-    spans += [
-        (f"{module}.{name}".lstrip("."), b)
-        for module, buffers in zip(layout.module_names, layout.read().buffers, strict=True)
-        for name, b in buffers.items()
-        if b is not None
-    ]
-    used = [(t.data_ptr(), t.data_ptr() + _extent(t), name) for name, t in spans if t.numel()]
-    parameters = set(layout.parameters)
-    for (_, end, name), (other_start, _, other) in pairwise(sorted(used)):
-        if other_start < end and {name, other} & parameters:
-            raise ValueError(
-                f"{name!r} and {other!r} of {type(layout.module).__name__} share memory, which replicas can't. To tie"
-                " parameters, assign the same nn.Parameter object to both."
-            )
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to the end of its last."""
-    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (sum(steps) + 1) * tensor.element_size()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric
 
 _ALIGNMENT = 64  # bytes; what torch's own allocators give a tensor, so kernels see replicas as they see any parameter
@@ -78,7 +78,7 @@ class Layout:
     object that all workers update.
 
     Args:
-        module: the module; its parameters must be initialised and not be TorchScript's.
+        module: the module; see ``refusals.py`` for what it must not contain.
         share_frozen: leave parameters without ``requires_grad`` out: all workers use the module's own tensor.
         resting: ids of parameters that lack ``requires_grad`` only for a while.
 
@@ -89,19 +89,6 @@ class Layout:
     """
 
     def __init__(self, module: nn.Module, share_frozen: bool = False, resting: set[int] | None = None) -> None:
-        for name, p in module.named_parameters():
-            if isinstance(p, UninitializedParameter):
-                raise ValueError(
-                    f"Parameter {name!r} of {type(module).__name__} is uninitialised (a lazy module that has not seen"
-                    " data). Workers need its shape before training starts: run one batch through the module in"
-                    " `configure_model` or `setup`."
-                )
-        for name, child in module.named_modules():
-            if isinstance(child, torch.jit.ScriptModule):
-                raise ValueError(
-                    f"Submodule {name!r} of {type(module).__name__} is TorchScript, whose weights can't be swapped per"
-                    " worker. Use the Python module, or `torch.compile` it."
-                )
         self.module = module
         self.share_frozen = share_frozen
         self._required: set[int] = set()

@@ -7,7 +7,6 @@ fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engi
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,14 +24,16 @@ from typing_extensions import override
 
 from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import loops
-from lightning_diloco._lightning.data import Dealing, deal
+from lightning_diloco._lightning.data import deal
 from lightning_diloco._lightning.io import atomic_by_default
+from lightning_diloco._lightning.samplers import Dealing
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
+from lightning_diloco.arguments import check_bool, check_choice, check_count, outer_factory
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
 from lightning_diloco.engine import Engine, EvalWeights, Policies
-from lightning_diloco.outer import OuterFactory, is_plain_average, needs_closure, trial_optimizer
+from lightning_diloco.outer import is_plain_average, needs_closure, trial_optimizer
 from lightning_diloco.randomness import run_seed, set_process_state
 from lightning_diloco.worker import copy_state, flatten_optimizers
 
@@ -119,15 +120,15 @@ class DilocoStrategy(SingleDeviceStrategy):
         timeout: timedelta | None = None,
         start_method: Literal["popen", "spawn", "fork"] | None = None,
     ) -> None:
-        _check_count("num_nodes", num_nodes, "simulated workers")
-        _check_count("diloco_interval", diloco_interval, "local steps between outer steps")
-        _check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
-        _check_choice("buffers", buffers, ("average", "first", "local"))
-        _check_choice("inner_state", inner_state, ("keep", "reset", "average"))
-        _check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
-        _check_choice("reduction", reduction, ("auto", "ordered", "all_reduce"))
-        _check_bool("final_sync", final_sync)
-        _check_bool("share_frozen", share_frozen)
+        check_count("num_nodes", num_nodes, "simulated workers")
+        check_count("diloco_interval", diloco_interval, "local steps between outer steps")
+        check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
+        check_choice("buffers", buffers, ("average", "first", "local"))
+        check_choice("inner_state", inner_state, ("keep", "reset", "average"))
+        check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
+        check_choice("reduction", reduction, ("auto", "ordered", "all_reduce"))
+        check_bool("final_sync", final_sync)
+        check_bool("share_frozen", share_frozen)
         if partition is not None and not callable(partition):
             raise ValueError(
                 f"`partition` (={partition!r}) must be a callable `(dataset, num_workers) -> list of index lists`, or"
@@ -151,7 +152,7 @@ class DilocoStrategy(SingleDeviceStrategy):
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io)
         self._accelerator, self._precision_plugin = accelerator, precision_plugin
         self._algorithm = algorithm or Diloco()
-        self._outer_factory = _outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
+        self._outer_factory = outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
         has_outer = self._algorithm.outer_defaults is not None
         self._is_plain_run = num_nodes == 1 and has_outer and is_plain_average(trial_optimizer(self._outer_factory))
         self._callback = DilocoCallback()
@@ -240,7 +241,7 @@ class DilocoStrategy(SingleDeviceStrategy):
         Training is undisturbed: what is written to the copy is dropped.
         """
         if isinstance(which, str):
-            _check_choice("which", which, ("average", "outer"))
+            check_choice("which", which, ("average", "outer"))
         with self.engine.weights(which if isinstance(which, str) else self._checked_worker(which)):
             yield
 
@@ -256,8 +257,8 @@ class DilocoStrategy(SingleDeviceStrategy):
     # ---------------------------------------------------------------------------------------- topology
 
     # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
-    # from a
-    # Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the other.
+    # from
+    # a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the other.
 
     @property
     @override
@@ -544,63 +545,3 @@ class DilocoStrategy(SingleDeviceStrategy):
         if self._dealing is None or (self._num_workers == 1 and self._partition is None):
             return dataloader
         return deal(dataloader, self._dealing)
-
-
-# -------------------------------------------------------------------------------------------- checks
-
-
-def _outer_factory(
-    cls: type[Optimizer] | OptimizerCallable, kwargs: Mapping[str, Any] | None, algorithm: SyncAlgorithm
-) -> OuterFactory:
-    name = getattr(cls, "__name__", repr(cls))
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise ValueError(f"`outer_optimizer_kwargs` (={kwargs!r}) must be a dict or None.")
-    if algorithm.outer_defaults is None and (kwargs is not None or cls is not torch.optim.SGD):
-        raise ValueError(
-            f"{type(algorithm).__name__} has no outer optimizer, but `outer_optimizer_cls` (={name}) or"
-            f" `outer_optimizer_kwargs` (={kwargs!r}) were given. Leave both out."
-        )
-    if not isinstance(cls, type):
-        if not callable(cls):
-            raise ValueError(
-                f"`outer_optimizer_cls` (={cls!r}) must be a torch.optim.Optimizer class, or a callable that makes"
-                " one from a list of parameters."
-            )
-        if kwargs is not None:
-            raise ValueError(
-                f"`outer_optimizer_kwargs` (={kwargs!r}) can't be combined with a callable `outer_optimizer_cls`"
-                f" (={name}), which has its arguments already. Pass None, or the optimizer's class."
-            )
-        factory: OuterFactory = cls
-    elif not issubclass(cls, Optimizer):
-        raise ValueError(
-            f"`outer_optimizer_cls` (={name}) must be a torch.optim.Optimizer class, or a callable that makes one"
-            " from a list of parameters."
-        )
-    else:
-        if kwargs is None:
-            kwargs = (algorithm.outer_defaults or {"lr": 1.0}) if cls is torch.optim.SGD else {}
-        factory = partial(cls, **kwargs)
-    try:
-        trial_optimizer(factory)
-    except Exception as error:
-        raise ValueError(
-            f"The outer optimizer can't be built: `outer_optimizer_cls` (={name}) with `outer_optimizer_kwargs`"
-            f" (={kwargs!r}) fails with: {error}"
-        ) from error
-    return factory
-
-
-def _check_count(name: str, value: Any, meaning: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` (={value!r}) must be an integer ≥ 1: the number of {meaning}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` (={value!r}) must be True or False.")

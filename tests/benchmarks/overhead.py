@@ -7,7 +7,7 @@
 * memory: growth of a process per worker beyond the second, fitted over N = 2, 4, 8 with a process each, against a
   worker's parameters and inner optimizer state; between steps, and at the peak, which includes outer steps. Linux only.
 
-Run ``python tests/benchmarks/overhead.py``: about a minute and a half; ``--only time`` or ``--only memory`` for a half.
+Run ``python tests/benchmarks/overhead.py``: about two minutes; ``--only time`` or ``--only memory`` for a half.
 """
 
 import argparse
@@ -93,11 +93,10 @@ def compare_time(name: str, workers: int, blocks: int, steps: int, goal: str) ->
     model, loader, _ = byte_gpt.build(byte_gpt.parse(MODELS[name].split()))
     ratios, plain_steps, outer = [], [], []
     for block in range(blocks):
-        strategies = ["auto", DilocoStrategy(num_nodes=workers, diloco_interval=10**9)]
-        watches = {
-            s: fit(model, loader, s, WARM_UP + steps)[0] for s in (strategies if block % 2 else strategies[::-1])
-        }
-        plain, diloco = (watches[s] for s in strategies)
+        runs = {"auto": workers * steps, DilocoStrategy(num_nodes=workers, diloco_interval=10**9): steps}
+        order = list(runs) if block % 2 else list(runs)[::-1]
+        watches = {strategy: fit(model, loader, strategy, WARM_UP + runs[strategy])[0] for strategy in order}
+        plain, diloco = (watches[strategy] for strategy in runs)
         ratios.append(diloco.step() / (workers * plain.step()))
         plain_steps.append(plain.step())
         outer += diloco.outer  # the flush at the end
@@ -146,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4, help="N of the step times")
     parser.add_argument("--blocks", type=int, default=12, help="pairs of blocks")
     parser.add_argument(
-        "--steps", type=int, default=12, help="timed steps in a block of DiLoCo's; plain ones have N times as many"
+        "--steps", type=int, default=12, help="steps in a block of DiLoCo; a plain one has N times as many"
     )
     parser.add_argument("--measure-memory", type=int, metavar="N", help=argparse.SUPPRESS)  # what compare_memory starts
     args = parser.parse_args(argv)

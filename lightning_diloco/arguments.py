@@ -1,0 +1,75 @@
+"""Checks of the strategy's arguments: what was given, the rule, the fix.
+
+Owns messages only. Imports nothing of Lightning.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_diloco.algorithms import SyncAlgorithm
+from lightning_diloco.outer import OuterFactory, trial_optimizer
+
+
+def outer_factory(
+    cls: type[Optimizer] | Callable[..., Optimizer], kwargs: Mapping[str, Any] | None, algorithm: SyncAlgorithm
+) -> OuterFactory:
+    """What builds the outer optimizer from ``outer_optimizer_cls`` and ``outer_optimizer_kwargs``, tried out once."""
+    name = getattr(cls, "__name__", repr(cls))
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f"`outer_optimizer_kwargs` (={kwargs!r}) must be a dict or None.")
+    if algorithm.outer_defaults is None and (kwargs is not None or cls is not torch.optim.SGD):
+        raise ValueError(
+            f"{type(algorithm).__name__} has no outer optimizer, but `outer_optimizer_cls` (={name}) or"
+            f" `outer_optimizer_kwargs` (={kwargs!r}) were given. Leave both out."
+        )
+    if not isinstance(cls, type):
+        if not callable(cls):
+            raise ValueError(
+                f"`outer_optimizer_cls` (={cls!r}) must be a torch.optim.Optimizer class, or a callable that makes"
+                " one from a list of parameters."
+            )
+        if kwargs is not None:
+            raise ValueError(
+                f"`outer_optimizer_kwargs` (={kwargs!r}) can't be combined with a callable `outer_optimizer_cls`"
+                f" (={name}), which has its arguments already. Pass None, or the optimizer's class."
+            )
+        factory: OuterFactory = cls
+    elif not issubclass(cls, Optimizer):
+        raise ValueError(
+            f"`outer_optimizer_cls` (={name}) must be a torch.optim.Optimizer class, or a callable that makes one"
+            " from a list of parameters."
+        )
+    else:
+        if kwargs is None:
+            kwargs = (algorithm.outer_defaults or {"lr": 1.0}) if cls is torch.optim.SGD else {}
+        factory = partial(cls, **kwargs)
+    try:
+        trial_optimizer(factory)
+    except Exception as error:
+        raise ValueError(
+            f"The outer optimizer can't be built: `outer_optimizer_cls` (={name}) with `outer_optimizer_kwargs`"
+            f" (={kwargs!r}) fails with: {error}"
+        ) from error
+    return factory
+
+
+def check_count(name: str, value: Any, meaning: str) -> None:
+    """An integer ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` (={value!r}) must be an integer ≥ 1: the number of {meaning}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` (={value!r}) must be True or False.")

@@ -1,0 +1,204 @@
+"""The live inner optimizers, which all workers of a process share, and what each worker's turn leaves of them.
+
+Owns the live optimizers between turns: what others write into them becomes every worker's, and validation gets copies.
+Does not own a worker's belongings (``worker.py``) nor when turns are (``engine.py``). Imports nothing of Lightning.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.comm import mean_of
+from lightning_diloco.randomness import RandomStream
+from lightning_diloco.replicas import is_floating, same_bits
+from lightning_diloco.worker import (
+    Control,
+    Groups,
+    OptimizerState,
+    ScalerOwner,
+    Schedule,
+    Worker,
+    copy_state,
+    flatten_optimizers,
+)
+
+
+class InnerOptimizers:
+    """The live inner optimizers, shared by all workers of this process, and each worker's belongings.
+
+    Args:
+        optimizers: the optimizers that the training loop steps.
+        scaler_owner: holder of the gradient scaler, or None.
+        streams: global id of each worker hosted here → its random stream (None: the process's own).
+        schedulers: LR schedulers that the workers step themselves (manual optimization), so that each has its own.
+        initial: optimizer states right after ``configure_optimizers``; default: the present ones.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Any],
+        scaler_owner: ScalerOwner | None,
+        streams: Mapping[int, RandomStream | None],
+        schedulers: Sequence[Any] = (),
+        initial: Sequence[OptimizerState] | None = None,
+    ) -> None:
+        self.live = flatten_optimizers(optimizers)
+        self._controls: list[Groups | Schedule] = [*map(Groups, self.live), *map(Schedule, schedulers)]
+        self._scaler_owner = scaler_owner
+        self._streams = streams
+        self.workers: dict[int, Worker] = {}
+        self._sandboxed = False
+        self._given_initial = initial
+        self._stateful_groups: dict[int, str] = {}  # id of an optimizer → a group entry that its step() changed
+        self.start_from_live()
+
+    @property
+    def first(self) -> Worker:
+        """The worker whose state the live optimizers show between turns."""
+        return next(iter(self.workers.values()))
+
+    def start_from_live(self) -> None:
+        """The optimizers' present state is where every worker starts; before the first step only."""
+        self.initial = self._given_initial or [copy_state(o.state) for o in self.live]
+        for i, (w, stream) in enumerate(self._streams.items()):
+            self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
+        self._public = [c.read() for c in self._controls]
+
+    def rest(self) -> None:
+        """Between turns the optimizers and the scaler are the first worker's."""
+        self.first.show()
+        self._public = [c.read() for c in self._controls]
+
+    def share_outside_changes(self) -> None:
+        """What schedulers and callbacks wrote into the optimizers between turns is meant for every worker."""
+        first = self.first
+        for position, optimizer in enumerate(self.live):
+            if optimizer.state is not first.states[position]:  # Optimizer.load_state_dict makes a new one
+                for w in self.workers.values():
+                    w.states[position] = optimizer.state if w is first else copy_state(optimizer.state)
+        for position, holder in enumerate(self._controls):
+            live, public = holder.read(), self._public[position]
+            for g, values in enumerate(live):
+                known = public[g] if g < len(public) else {}
+                changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}
+                for w in self.workers.values():
+                    if g == len(w.control[position]):
+                        w.control[position].append({})
+                    w.control[position][g].update(changed)
+            for w in self.workers.values():
+                del w.control[position][len(live) :]
+            self._public[position] = live
+
+    def watch_groups(self) -> list[Any]:
+        """From now on notices optimizers whose own ``step`` changes their groups; returns handles that end it."""
+        handles = []
+        for optimizer in self.live:
+            if hasattr(optimizer, "register_step_pre_hook"):
+                before: list[Control] = []  # a stack: torch runs the hooks for a step that calls super().step() twice
+                handles += [
+                    optimizer.register_step_pre_hook(lambda o, *_, before=before: before.append(Groups(o).read())),
+                    optimizer.register_step_post_hook(partial(self._after_step, before)),
+                ]
+        return handles
+
+    def _after_step(self, before: list[Control], optimizer: Any, *_: Any) -> None:
+        for was, now in zip(before.pop(), Groups(optimizer).read(), strict=False):
+            for key, value in now.items():
+                if key not in was or not _same_value(value, was[key]):
+                    self._stateful_groups.setdefault(id(optimizer), key)
+
+    @contextmanager
+    def first_live(self) -> Iterator[None]:
+        """Inside, the live optimizers are the first worker's; afterwards what they were."""
+        if not self._sandboxed:
+            self.share_outside_changes()
+        states, control = [o.state for o in self.live], [c.read() for c in self._controls]
+        self.first.show()
+        try:
+            yield
+        finally:
+            for optimizer, state in zip(self.live, states, strict=True):
+                optimizer.state = state
+            for holder, values in zip(self._controls, control, strict=True):
+                holder.write(values)
+
+    @contextmanager
+    def sandbox(self) -> Iterator[None]:
+        """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states.
+
+        Control state that is written inside (learning rates, schedulers) is meant for every worker, as elsewhere.
+        """
+        self.share_outside_changes()
+        others = [w for w in self.workers.values() if w is not self.first]
+        for position, optimizer in enumerate(self.live):
+            optimizer.state = copy_state(optimizer.state)
+            if _has_modes(optimizer):
+                average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)], least=1)
+        self._sandboxed = True
+        try:
+            yield
+        finally:
+            self._sandboxed = False
+            for position, optimizer in enumerate(self.live):
+                optimizer.state = self.first.states[position]
+                if _has_modes(optimizer):  # eval() without train() is undone, with all else that a hook wrote there
+                    self._controls[position].write(self.first.control[position])
+            self.share_outside_changes()
+
+    def check_averageable(self, policy: str) -> None:
+        """Raises if some inner state can be neither reset nor averaged in a meaningful way; after the first step."""
+        for optimizer in self.live:
+            if id(optimizer) in self._stateful_groups:
+                raise ValueError(
+                    f"`inner_state` (={policy!r}) needs an inner optimizer that keeps its state in `state`;"
+                    f" {type(optimizer).__name__} keeps {self._stateful_groups[id(optimizer)]!r} in its `param_groups`."
+                    " Use `inner_state='keep'`."
+                )
+            for values in optimizer.state.values():
+                for key, value in values.items() if isinstance(values, dict) else ():
+                    if isinstance(value, (list, tuple)):
+                        raise ValueError(
+                            f"`inner_state` (={policy!r}) needs an inner optimizer whose state is tensors and numbers;"
+                            f" {type(optimizer).__name__} keeps a {type(value).__name__} under {key!r}."
+                            " Use `inner_state='keep'`."
+                        )
+
+
+@torch.no_grad()
+def average_inner_state(states: Sequence[Sequence[OptimizerState]], least: int = 2) -> int:
+    """Averages, in place, the floating tensors with ``least`` elements or more; returns bytes sent per worker.
+
+    Args:
+        states: per worker, per optimizer, the optimizer's state. An entry that some workers lack (of a parameter that
+            never had a gradient there) is averaged over those that have it.
+        least: elements that a tensor must have; 2 leaves step counters alone.
+    """
+    sent = 0
+    for per_optimizer in zip(*states, strict=True):
+        entries: dict[tuple[int, str], list[Tensor]] = {}
+        for state in per_optimizer:
+            for parameter, values in state.items():
+                for key, value in values.items() if isinstance(values, dict) else ():
+                    if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):
+                        entries.setdefault((id(parameter), key), []).append(value)
+        for held in entries.values():
+            mean = mean_of(held)
+            for tensor in held:
+                tensor.copy_(mean)
+            sent += held[0].nbytes
+    return sent
+
+
+def _has_modes(optimizer: Any) -> bool:
+    """Whether the optimizer switches between training and evaluation weights, like schedule-free ones."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or same_bits(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
