@@ -18,8 +18,7 @@ SEED = 5
 
 
 class Project(Net):
-    """Dropout, BatchNorm, a schedule per step, draws from the global stream in a callback-like hook, a list of what"
-    " it saw."""
+    """Dropout, BatchNorm, a schedule per step, and a journal of the batches, losses and random numbers it saw."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(dropout=0.4, **kwargs)
@@ -243,8 +242,7 @@ def test_the_boundary_between_epochs(hook: str) -> None:
 
 
 def test_one_worker_keeps_the_outer_state_and_is_else_as_exact_as_lightning() -> None:
-    """Lookahead with momentum, on a loader that isn't shuffled (N = 1 leaves the user's loader alone), at ends of"
-    " epochs."""
+    """Lookahead with momentum, not shuffled (N = 1 leaves the user's loader alone), at ends of epochs."""
     setting = {
         "strategy": {"num_nodes": 1, "diloco_interval": 4},
         "loader": {"shuffle": False},

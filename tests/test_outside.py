@@ -1,5 +1,4 @@
-"""What happens when a project or a callback does things between the workers' turns, or inside them, that replicas"
-" must follow."""
+"""What projects and callbacks do between the workers' turns, or inside them, that replicas must follow."""
 
 from typing import Any
 
