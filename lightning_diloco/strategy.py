@@ -6,6 +6,7 @@ fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engi
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -193,12 +194,12 @@ class DilocoStrategy(SingleDeviceStrategy):
     @property
     def local_steps(self) -> int:
         """Completed local steps; 0 before a fit, kept after it."""
-        return 0 if self._engine is None or self._trial else self._engine.local_steps
+        return 0 if self._engine is None else self._engine.local_steps
 
     @property
     def outer_steps(self) -> int:
         """Completed synchronisations; 0 before a fit, kept after it."""
-        return 0 if self._engine is None or self._trial else self._engine.outer_steps
+        return 0 if self._engine is None else self._engine.outer_steps
 
     @property
     def outer_optimizer(self) -> Optimizer:
@@ -376,13 +377,18 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if args == ("run-stage",):  # the Trainer's word for: everything is set up and restored, the fit proper begins
+        if args == ("run-stage",) and self._trial:  # the Trainer's word for: all is set up, the fit proper begins
             self._trial = False
+            self._drop_engine()
+
+    def _drop_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def start_engine(self) -> None:
         """The fit loop is about to start: every worker starts from what is in the module."""
-        if self._engine is not None:  # a trial's
-            self._engine.close()
+        self._drop_engine()  # of an earlier trial
         module = self.lightning_module
         assert module is not None
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -544,4 +550,6 @@ class DilocoStrategy(SingleDeviceStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         if self._dealing is None or (self._num_workers == 1 and self._partition is None):
             return dataloader
-        return deal(dataloader, self._dealing)
+        dealt = deal(dataloader, self._dealing)
+        self._dealing = replace(self._dealing, loader=self._dealing.loader + 1)
+        return dealt

@@ -536,7 +536,6 @@ def test_a_users_distributed_sampler_for_another_number_of_replicas_is_an_error(
     )
 
 
-@pytest.mark.xfail(reason="use_distributed_sampler=False deals rank 0's shard: two thirds of the data are never read")
 def test_a_users_distributed_sampler_gives_every_worker_its_shard_without_lightnings_too():
     """The usual pair in projects that make the sampler themselves."""
     own = DistributedSampler(Own(24), N, 0, seed=6)
@@ -544,7 +543,6 @@ def test_a_users_distributed_sampler_gives_every_worker_its_shard_without_lightn
     assert model.seen == ddp(Own(24), 6, batch_size=2)
 
 
-@pytest.mark.xfail(reason="a subclass of DistributedSampler is replaced by its base class without a word")
 def test_a_users_own_kind_of_distributed_sampler_is_used():
     class Backwards(DistributedSampler):
         def __iter__(self) -> Iterator[int]:
@@ -719,7 +717,6 @@ def test_a_loader_and_a_stream_together():
         assert model.seen[0, worker] == [{"a": a, "b": b} for a, b in zip(cycled, rows[worker], strict=True)]
 
 
-@pytest.mark.xfail(reason="the streams of samplers depend on (seed, epoch) but not on the loader")
 def test_samplers_of_several_loaders_draw_independently():
     a, b = Weighted(torch.ones(20), 20), Weighted(torch.ones(20), 20)
     fit({"a": DataLoader(Own(20), 2, sampler=a), "b": DataLoader(Own(20), 2, sampler=b)})

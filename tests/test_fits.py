@@ -81,12 +81,18 @@ def test_the_lr_finder_finds_what_it_finds_for_one_worker_and_its_trial_does_not
     reports: list[Any] = []
 
     class Look(DilocoCallback):
+        def on_train_start(self, trainer, pl_module):
+            assert (trainer.strategy.local_steps, trainer.strategy.outer_steps) == (0, 0)
+
+        def on_sanity_check_start(self, trainer, pl_module):
+            assert trainer.strategy.local_steps == 0
+
         def on_outer_step(self, trainer, pl_module, report):
             reports.append(report.step)
 
     t.callbacks.append(Look())
     t.callbacks.append(C.LearningRateFinder(num_training_steps=10))
-    t.fit(module, loader())
+    t.fit(module, loader(), loader(shuffle=False))
     assert (strategy.local_steps, strategy.outer_steps) == (3, 1)
     assert reports == [3]
 

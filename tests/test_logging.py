@@ -108,6 +108,14 @@ def test_the_first_batch_of_an_epoch_loses_no_workers_values() -> None:
     assert memory.of("sum_epoch") == [(3, 264.0), (7, 264.0)]
 
 
+def test_epoch_means_are_weighted_by_each_workers_batch_size() -> None:
+    """Ten samples per worker in batches of 3, 3, 3, 1: (3·(0 + 10 + 20) + 1·30) / 10, plus the mean worker, 1.5."""
+    memory = Memory()
+    t = trainer(DilocoStrategy(num_nodes=4), logger=memory, max_epochs=1)
+    t.fit(Logs(), loader(regression_data(40), 3))
+    assert memory.of("mean_epoch") == [(3, 13.5)]
+
+
 def test_the_loss_that_callbacks_see_is_the_mean_and_the_batch_is_worker_zeros() -> None:
     losses: list[Any] = []
     seen: list[Any] = []

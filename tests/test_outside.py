@@ -62,6 +62,29 @@ def test_batch_norm_statistics_that_swa_measures_at_the_end_reach_the_module() -
     assert all(torch.equal(w, module.net[1].running_mean) for w in workers)
 
 
+def test_the_weights_that_swa_writes_are_not_moved_by_a_pending_round() -> None:
+    """32 steps train, a fifth epoch only measures BatchNorm; a round of 5 steps is pending, but nothing is left of it."""
+    module, strategy = Net(), DilocoStrategy(num_nodes=3, diloco_interval=5)
+    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
+    trainer(strategy, max_epochs=4, callbacks=[swa]).fit(module, loader())
+    assert strategy.local_steps == 32
+    average = {n: p.detach() for n, p in swa._average_model.named_parameters()}
+    assert_same({n: p.detach() for n, p in module.named_parameters()}, average)
+
+
+def test_a_parameter_frozen_between_steps_leaves_the_outer_optimizer() -> None:
+    def freeze(hook: str, t: Any, m: Any) -> None:
+        if t.global_step == 3:
+            m.net[0].requires_grad_(False)
+
+    module, strategy = Net(batch_norm=False), DilocoStrategy(num_nodes=2, diloco_interval=2)
+    trainer(strategy, max_steps=6, callbacks=[Probe(freeze, "on_train_batch_start")]).fit(module, loader())
+    assert [len(g["params"]) for g in strategy.outer_optimizer.param_groups] == [2]
+    assert len(strategy.outer_optimizer.state) == 2
+    delta = [e.payload_bytes for e in strategy.ledger.entries if e.what == "delta"]
+    assert delta == [4 * 41, 4 * 9, 4 * 9]
+
+
 @pytest.mark.parametrize("automatic", [True, False])
 def test_learning_rates_and_schedulers_changed_in_validation_hooks_are_everybodys(automatic: bool) -> None:
     class Halves(Net):

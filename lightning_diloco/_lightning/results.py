@@ -63,10 +63,7 @@ class WorkerResults(_ResultCollection):
             metric, values = self[key], list(by_worker.values())
             if len(values) > 1:
                 device = values[0].device
-                reduced = _reduction(metric.meta)(torch.stack([v.to(device) for v in values]))
-                metric._forward_cache = reduced
-                if metric.is_tensor and not metric.meta.on_epoch:
-                    metric.value = reduced
+                metric._forward_cache = _reduction(metric.meta)(torch.stack([v.to(device) for v in values]))
         self._step_values = {}
 
     def worker_values(self, on_step: bool) -> Mapping[str, Tensor]:

@@ -4,6 +4,7 @@ Owns the samplers of a dealt DataLoader over a map-style dataset; ``data.py`` ha
 own the fetching.
 """
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ class Dealing:
     partition: Partition | None
     use_distributed_sampler: bool
     overfit: bool
+    loader: int = 0  # which of the training loaders this is about: their samplers draw independently
 
 
 class _Rounds(Protocol):
@@ -91,6 +93,35 @@ class _DealtRounds:
         for sampler in (self._base, getattr(self._base, "sampler", None)):
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class _RankRounds:
+    """Every worker's own copy of a user's DistributedSampler for N replicas, each with the worker's rank.
+
+    Raises:
+        ValueError: it was made for another number of replicas.
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any], num_workers: int) -> None:
+        if sampler.num_replicas != num_workers:
+            raise ValueError(
+                f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but there"
+                f" are {num_workers} workers. Use `num_replicas={num_workers}`, or leave the sampler out: every worker"
+                " gets its shard by itself."
+            )
+        self._samplers = [copy.copy(sampler) for _ in range(num_workers)]
+        for rank, own in enumerate(self._samplers):
+            own.rank = rank
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return zip(*self._samplers, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._samplers[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        for own in self._samplers:
+            own.set_epoch(epoch)
 
 
 class _PartitionRounds:
@@ -179,20 +210,22 @@ def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
         parts = _checked_partition(dealing.partition(loader.dataset, n), n, len(loader.dataset))  # type: ignore[arg-type]
         rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit)
         return WorkerSampler(rounds, dealing.workers, size, drop_last)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        return WorkerSampler(_RankRounds(sampler, n), dealing.workers, size, drop_last)
+    stream = derive_seed(seed, "loader", dealing.loader)
     if not dealing.use_distributed_sampler:
         whole: Any = sampler if batches is None else batches
         left = 0 if sized_len(whole) is None else len(whole) % n
         if left:
             rank_zero_warn(LEFT_OVER.format(left=left, workers=n))
-        return WorkerSampler(_DealtRounds(whole, n, seed, wrap=False), dealing.workers, None, False)
+        return WorkerSampler(_DealtRounds(whole, n, stream, wrap=False), dealing.workers, None, False)
     if not plain:
-        return WorkerSampler(_DealtRounds(batches, n, seed, wrap=not drop_last), dealing.workers, None, False)
-    wrap = True
+        return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), dealing.workers, None, False)
     if default:
         sampler = DistributedSampler(loader.dataset, 1, 0, shuffle=not dealing.overfit, seed=seed)
-    elif isinstance(sampler, DistributedSampler):
-        sampler, wrap = _undistributed(sampler, n), not sampler.drop_last
-    return WorkerSampler(_DealtRounds(sampler, n, seed, wrap), dealing.workers, size, drop_last)
+    drops = isinstance(sampler, DistributedSampler) and sampler.drop_last
+    rounds = _DealtRounds(sampler, n, stream, wrap=not drops)
+    return WorkerSampler(rounds, dealing.workers, size, drop_last)
 
 
 def _is_torchdatas(sampler: Any) -> bool:
@@ -204,17 +237,6 @@ def _shuffles(sampler: Any) -> bool:
     """Whether this is what ``shuffle=True`` makes: every index once, in random order."""
     random = isinstance(sampler, RandomSampler) or (_is_torchdatas(sampler) and hasattr(sampler, "replacement"))
     return random and not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-
-
-def _undistributed(sampler: DistributedSampler[Any], num_workers: int) -> DistributedSampler[Any]:
-    """The order that a user's DistributedSampler cuts its shards from."""
-    if sampler.num_replicas not in (1, num_workers):
-        raise ValueError(
-            f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but there are"
-            f" {num_workers} workers. Use `num_replicas={num_workers}`, or leave the sampler out: every worker gets"
-            " its shard by itself."
-        )
-    return DistributedSampler(sampler.dataset, 1, 0, shuffle=sampler.shuffle, seed=sampler.seed)
 
 
 def _checked_partition(returned: Any, num_workers: int, size: int) -> list[list[int]]:
