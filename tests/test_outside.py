@@ -63,7 +63,7 @@ def test_batch_norm_statistics_that_swa_measures_at_the_end_reach_the_module() -
 
 
 def test_the_weights_that_swa_writes_are_not_moved_by_a_pending_round() -> None:
-    """32 steps train, a fifth epoch only measures BatchNorm; a round of 5 steps is pending, but nothing is left of it."""
+    """32 steps train, a fifth epoch only measures BatchNorm; a round of 5 is pending, but nothing is left of it."""
     module, strategy = Net(), DilocoStrategy(num_nodes=3, diloco_interval=5)
     swa = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
     trainer(strategy, max_epochs=4, callbacks=[swa]).fit(module, loader())
