@@ -229,7 +229,10 @@ def test_every_kind_of_loader_goes_on_where_it_was(name: str) -> None:
         assert_equal(resumed, undisturbed)
 
 
-@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_end", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "hook",
+    ["on_train_epoch_end", "on_validation_start", "on_validation_batch_end", "on_validation_end", "on_train_batch_end"],
+)
 def test_the_boundary_between_epochs(hook: str) -> None:
     undisturbed, journal, _ = run({}, [])
     run({}, [Save(hook, {5, 10})])

@@ -162,10 +162,8 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             if self.restarted_on_last:
                 self._skip_next_val = True
                 return True
-            alone = (
-                _strategy_of(self.trainer).engine.num_workers > 1
-            )  # else as in Lightning, which draws a loader's seed
-            with isolate_rng() if alone else nullcontext():
+            several = _strategy_of(self.trainer).engine.num_workers > 1
+            with isolate_rng() if several else nullcontext():  # it draws a seed for the loader, which is not read
                 self.val_loop.increment_progress_to_evaluation_end()
         self.val_loop.restarting = False
         return False
