@@ -5,6 +5,7 @@ making a state live swaps pointers, never values. Does not own what a worker has
 outer model (``outer.py``), nor when anything is exchanged (``algorithms/``). Imports nothing of Lightning.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -279,12 +280,21 @@ class Replicas:
 
 
 def copy_buffers(buffers: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
-    """Clones; a buffer registered in two places stays one tensor."""
+    """Clones; buffers that are one tensor, or views of one storage, are so among the clones too."""
+    originals = {id(b): b for own in buffers for b in own.values() if b is not None}
+    views = Counter(b.untyped_storage().data_ptr() for b in originals.values())
+    storages: dict[int, torch.UntypedStorage] = {}
     clones: dict[int, Tensor] = {}
-    return [
-        {name: None if b is None else clones.setdefault(id(b), b.detach().clone()) for name, b in own.items()}
-        for own in buffers
-    ]
+    for key, b in originals.items():
+        storage = b.untyped_storage()
+        if views[storage.data_ptr()] == 1 or b.numel() == 0:
+            clones[key] = b.detach().clone()
+        else:
+            copied = storages.setdefault(storage.data_ptr(), storage.clone())  # type: ignore[no-untyped-call]
+            clones[key] = torch.empty_like(b, memory_format=torch.contiguous_format).set_(
+                copied, b.storage_offset(), b.shape, b.stride()
+            )
+    return [{name: None if b is None else clones[id(b)] for name, b in own.items()} for own in buffers]
 
 
 def put_buffer(buffers: dict[str, Tensor | None], name: str, value: Tensor | None) -> None:

@@ -210,6 +210,26 @@ def test_tensors_that_replicas_cannot_follow_are_refused() -> None:
         assert_same(*states)
 
 
+def test_buffers_that_are_views_of_one_storage_stay_so_in_every_replica() -> None:
+    class Views(Net):
+        def __init__(self) -> None:
+            super().__init__(batch_norm=False)
+            self.register_buffer("whole", torch.zeros(4))
+            self.register_buffer("head", self.whole[:2])
+
+        def training_step(self, batch, batch_idx):
+            self.whole += batch[0].sum()
+            assert torch.equal(self.head, self.whole[:2])
+            return super().training_step(batch, batch_idx)
+
+    strategy = DilocoStrategy(num_nodes=3, diloco_interval=2)
+    trainer(strategy, max_steps=5).fit(Views(), loader())
+    for worker in range(3):
+        state = strategy.worker_state_dict(worker)
+        assert torch.equal(state["head"], state["whole"][:2])
+        assert state["head"].abs().sum() > 0
+
+
 def test_what_an_algorithm_publishes_is_not_taken_for_theta() -> None:
     class Negative(Diloco):
         def publish(self):
