@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch import callbacks as C
+from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.tuner import Tuner
 
 from lightning_diloco import DilocoCallback, DilocoStrategy
@@ -188,3 +189,14 @@ def test_memory_report_adds_up() -> None:
     assert report["module"] == parameters + buffers
     per_worker = sum(report[f"{k}_per_worker"] for k in ("parameters", "buffers", "inner_state", "gradients"))
     assert report["total"] == 3 * per_worker + sum(report[k] for k in ("outer_model", "outer_state", "module"))
+
+
+def test_the_outer_step_shows_up_in_profiles_by_name(tmp_path: Path) -> None:
+    name = "[Strategy]DilocoStrategy.outer_step"
+    simple = SimpleProfiler()
+    trainer(DilocoStrategy(num_nodes=3, diloco_interval=2), max_steps=5, profiler=simple).fit(Net(), loader())
+    assert len(simple.recorded_durations[name]) == 5
+    assert name in simple.summary()
+    torchs = PyTorchProfiler(tmp_path, "profile", record_functions={name}, export_to_chrome=False, row_limit=1000)
+    trainer(DilocoStrategy(num_nodes=3, diloco_interval=2), max_steps=8, profiler=torchs).fit(Net(), loader())
+    assert "outer_step" in (tmp_path / "fit-profile.txt").read_text()
