@@ -538,9 +538,9 @@ def test_a_users_distributed_sampler_for_another_number_of_replicas_is_an_error(
 
 def test_a_users_distributed_sampler_gives_every_worker_its_shard_without_lightnings_too():
     """The usual pair in projects that make the sampler themselves."""
-    own = DistributedSampler(Own(24), N, 0, seed=6)
-    model = fit(DataLoader(Own(24), 2, sampler=own), use_distributed_sampler=False)
-    assert model.seen == ddp(Own(24), 6, batch_size=2)
+    own = DistributedSampler(Own(18), N, 0, seed=6)
+    model = fit(DataLoader(Own(18), 2, sampler=own), use_distributed_sampler=False)
+    assert model.seen == ddp(Own(18), 6, batch_size=2)
 
 
 def test_a_users_own_kind_of_distributed_sampler_is_used():
@@ -548,8 +548,8 @@ def test_a_users_own_kind_of_distributed_sampler_is_used():
         def __iter__(self) -> Iterator[int]:
             return reversed(list(super().__iter__()))
 
-    model = fit(DataLoader(Own(24), 2, sampler=Backwards(Own(24), N, 0, seed=6)), max_epochs=1)
-    expected = ddp(Own(24), 6, 1, batch_size=None)
+    model = fit(DataLoader(Own(18), 2, sampler=Backwards(Own(18), N, 0, seed=6)), max_epochs=1)
+    expected = ddp(Own(18), 6, 1, batch_size=None)
     assert model.seen == {key: batched(shard[::-1], 2) for key, shard in expected.items()}
 
 
