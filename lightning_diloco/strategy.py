@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -307,6 +307,20 @@ class DilocoStrategy(SingleDeviceStrategy):
         self._parallel_devices = devices
         if devices:
             self._root_device = devices[0]
+
+    @property
+    def _layer_sync(self) -> LayerSync | None:
+        """Where Lightning puts what ``Trainer(sync_batchnorm=True)`` asks for."""
+        return None
+
+    @_layer_sync.setter
+    def _layer_sync(self, layer_sync: LayerSync | None) -> None:
+        if layer_sync is not None and self._num_workers > 1:
+            raise MisconfigurationException(
+                "`Trainer(sync_batchnorm=True)` makes workers share each batch's statistics, and DiLoCo's workers meet"
+                " only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')` averages the"
+                " running statistics at each synchronisation."
+            )
 
     # ---------------------------------------------------------------------------------------- life of a fit
 

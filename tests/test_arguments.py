@@ -256,6 +256,12 @@ def test_several_processes_or_machines_are_refused_for_now() -> None:
         assert str(caught.value) == message
 
 
+def test_synchronised_batch_norm_is_refused_for_several_workers() -> None:
+    with pytest.raises(MisconfigurationException, match=r"^`Trainer\(sync_batchnorm=True\)` makes workers share each"):
+        trainer(DilocoStrategy(num_nodes=2), sync_batchnorm=True)
+    trainer(DilocoStrategy(num_nodes=1), sync_batchnorm=True)  # as without meaning as under "auto"
+
+
 def test_the_outer_defaults_are_the_papers_for_sgd_and_its_own_for_another_class() -> None:
     def groups(**arguments: Any) -> Any:
         strategy = DilocoStrategy(num_nodes=2, **arguments)
