@@ -553,6 +553,27 @@ def test_a_users_own_kind_of_distributed_sampler_is_used():
     assert model.seen == {key: batched(shard[::-1], 2) for key, shard in expected.items()}
 
 
+@pytest.mark.parametrize("with_attributes", [True, False])
+def test_a_custom_batch_sampler_around_a_distributed_sampler_cuts_the_batches(with_attributes):
+    class Backwards(BatchSampler):
+        def __iter__(self) -> Iterator[list[int]]:
+            return reversed(list(super().__iter__()))
+
+    class Bare:
+        def __init__(self, *args: Any) -> None:
+            self.sampler = args[0]
+
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter(Backwards(self.sampler, 2, False))
+
+        def __len__(self) -> int:
+            return math.ceil(len(self.sampler) / 2)
+
+    kind = Backwards if with_attributes else Bare
+    model = fit(DataLoader(Own(24), batch_sampler=kind(DistributedSampler(Own(24), N, 0, seed=6), 2, False)))
+    assert model.seen == {key: shard[::-1] for key, shard in ddp(Own(24), 6, batch_size=2).items()}
+
+
 # ---------------------------------------------------------------------- streams
 
 
@@ -1273,6 +1294,19 @@ def test_reloading_the_same_objects(combined):
     assert model.seen == (_pair_under_ddp("min_size", dict, 3) if combined else ddp(Own(20), 41, 3, batch_size=2))
     if combined:
         assert [type(x) for x in loader.flattened] == [DataLoader, DataLoader]
+
+
+def test_reloading_does_not_change_what_custom_samplers_draw():
+    class Module(Recorder):
+        def train_dataloader(self) -> Any:
+            return {name: DataLoader(Own(20), 2, sampler=Weighted(torch.ones(20), 20)) for name in "ab"}
+
+    L.seed_everything(41, verbose=False)
+    once, again = Module(), Module()
+    trainer(DilocoStrategy(N, 2), max_epochs=3).fit(once)
+    trainer(DilocoStrategy(N, 2), reload_dataloaders_every_n_epochs=1, max_epochs=3).fit(again)
+    assert len(once.seen) == 3 * N
+    assert again.seen == once.seen
 
 
 def test_a_partition_is_asked_again_when_the_loader_is_reloaded():

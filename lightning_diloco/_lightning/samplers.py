@@ -98,11 +98,16 @@ class _DealtRounds:
 class _RankRounds:
     """Every worker's own copy of a user's DistributedSampler for N replicas, each with the worker's rank.
 
+    Args:
+        sampler: the user's.
+        num_workers: N.
+        batches: the user's own kind of batch sampler around it, copied too; None: items are indices.
+
     Raises:
-        ValueError: it was made for another number of replicas.
+        ValueError: the sampler was made for another number of replicas.
     """
 
-    def __init__(self, sampler: DistributedSampler[Any], num_workers: int) -> None:
+    def __init__(self, sampler: DistributedSampler[Any], num_workers: int, batches: Any = None) -> None:
         if sampler.num_replicas != num_workers:
             raise ValueError(
                 f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but there"
@@ -112,12 +117,18 @@ class _RankRounds:
         self._samplers = [copy.copy(sampler) for _ in range(num_workers)]
         for rank, own in enumerate(self._samplers):
             own.rank = rank
+        self._items: list[Any] = (
+            [copy.copy(batches) for _ in range(num_workers)] if batches is not None else [*self._samplers]
+        )
+        for item, own in zip(self._items, self._samplers, strict=True):
+            if batches is not None:
+                item.sampler = own
 
-    def __iter__(self) -> Iterator[Sequence[int]]:
-        return zip(*self._samplers, strict=True)
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        return zip(*self._items, strict=True)
 
     def __len__(self) -> int:
-        return len(self._samplers[0])
+        return len(self._items[0])
 
     def set_epoch(self, epoch: int) -> None:
         for own in self._samplers:
@@ -211,7 +222,9 @@ def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
         rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit)
         return WorkerSampler(rounds, dealing.workers, size, drop_last)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-        return WorkerSampler(_RankRounds(sampler, n), dealing.workers, size, drop_last)
+        if plain:
+            return WorkerSampler(_RankRounds(sampler, n), dealing.workers, size, drop_last)
+        return WorkerSampler(_RankRounds(sampler, n, batches), dealing.workers, None, False)
     stream = derive_seed(seed, "loader", dealing.loader)
     if not dealing.use_distributed_sampler:
         whole: Any = sampler if batches is None else batches
