@@ -192,6 +192,18 @@ def test_final_sync(final_sync: bool) -> None:
     assert apart == (not final_sync)
 
 
+def test_a_parameter_that_rests_keeps_no_pending_round_from_being_flushed() -> None:
+    class Unused(Net):
+        def __init__(self) -> None:
+            super().__init__(batch_norm=False)
+            self.unused = nn.Parameter(torch.ones(2))
+
+    strategy, module = DilocoStrategy(num_nodes=2, diloco_interval=4), Unused()
+    trainer(strategy, max_steps=6).fit(module, loader())
+    assert strategy.outer_steps == 2
+    assert_same(strategy.worker_state_dict(0), strategy.worker_state_dict(1))
+
+
 def test_should_stop_flushes_and_a_checkpoint_after_fit_holds_theta(tmp_path: Any) -> None:
     def stop(hook: str, t: Any, m: Any) -> None:
         t.should_stop = t.global_step == 5
