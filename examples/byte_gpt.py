@@ -70,11 +70,11 @@ class ByteGPT(L.LightningModule):
 
     def training_step(self, window: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss(window)
-        self.log("train_loss", loss)
+        self.log("train_loss", loss)  # of this process's workers; sync_dist=True would exchange at every step
         return loss
 
     def validation_step(self, window: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(window))
+        self.log("val_loss", self.loss(window), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         decayed = {"params": [p for p in self.parameters() if p.ndim == 2]}
@@ -128,6 +128,7 @@ def build(args: argparse.Namespace) -> tuple[ByteGPT, DataLoader[Tensor], DataLo
 DEFAULTS = {
     **{"layers": 5, "width": 128, "heads": 4, "context": 64},
     **{"batch_size": 4, "workers": 4, "interval": 50, "steps": 500, "lr": 1e-3},  # batch, interval, steps: per worker
+    **{"devices": 1, "machines": 1, "accelerator": "auto"},  # the workers are dealt over devices · machines processes
     **{"precision": "32-true", "megabytes": 4.0, "seed": 0, "logdir": "runs/byte_gpt"},
 }
 
@@ -149,7 +150,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, train, val = build(args)
     trainer = L.Trainer(
         strategy="auto" if args.plain else DilocoStrategy(num_nodes=args.workers, diloco_interval=args.interval),
-        devices=1,
+        accelerator=args.accelerator,
+        devices=args.devices,
+        num_nodes=args.machines,
         max_steps=args.steps,
         precision=args.precision,
         gradient_clip_val=1.0,
@@ -171,8 +174,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "bytes_sent_per_worker": 0 if args.plain else trainer.strategy.ledger.total_bytes,
         "seconds": seconds,
     }
-    for name, value in result.items():
-        print(f"{name:<22}{round(value, 4):>12,}")
+    if trainer.is_global_zero:
+        for name, value in result.items():
+            print(f"{name:<22}{round(value, 4):>12,}")
     return result
 
 

@@ -4,6 +4,7 @@ Owns messages only. Imports nothing of Lightning.
 """
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -73,3 +74,15 @@ def check_bool(name: str, value: Any) -> None:
     """True or False, and nothing that merely counts as one."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` (={value!r}) must be True or False.")
+
+
+def check_processes(backend: Any, timeout: Any, start_method: Any) -> None:
+    """What only several processes need."""
+    if backend is not None and (not isinstance(backend, str) or not backend):
+        raise ValueError(
+            f"`process_group_backend` (={backend!r}) must be the name of a back end, like 'gloo', or None."
+        )
+    if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta(0)):
+        raise ValueError(f"`timeout` (={timeout!r}) must be a positive datetime.timedelta, or None.")
+    if start_method is not None:
+        check_choice("start_method", start_method, ("popen", "spawn", "fork"))

@@ -9,10 +9,13 @@ Format version 1 (worker ids are global; tensors are copies)::
     version, num_workers, interval, seed
     local_steps, round_start, outer_steps
     exchanges   what the workers have sent: {"what", "steps", "bytes"}
-    outer       names (per group of the outer optimizer), parameters (a list: their values are state_dict's), buffers,
-    optimizer algorithm   SyncAlgorithm.state_dict() random      the process's own torch generators workers     id →
-    parameters (None: equal to θ), buffers, inner, control, scaler, random, gradients, slots loader      epoch, consumed
-    (batches of that epoch that each worker has trained on), loaders (how many there are)
+    outer       names (per group of the outer optimizer), parameters (a list of names: their values are state_dict's),
+                buffers, optimizer
+    algorithm   SyncAlgorithm.state_dict()
+    random      process 0's own torch generators
+    workers     id → parameters (None: equal to θ), buffers, inner, control, scaler, random, gradients, slots;
+                team: random and gradients of the further processes of the worker's team, if there are any
+    loader      epoch, consumed (batches of that epoch that each worker has trained on), loaders (how many there are)
 """
 
 import copy
@@ -24,18 +27,24 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
-from lightning_diloco.comm import Exchange, Ledger
+from lightning_diloco.comm import Exchange, Ledger, mean_of
 from lightning_diloco.context import SyncContext
 from lightning_diloco.replicas import Layout, ModelState, put_buffer, same_bits
 from lightning_diloco.worker import OptimizerState, Worker
+from lightning_diloco.world import World
 
 VERSION = 1
+
+_PER_MEMBER = ("random", "gradients")  # what each process of a worker's team has of its own
 
 Packed = dict[str, Any]
 
 
 def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int, random: Packed) -> Packed:
-    """The state of a run between turns, as copies; ``random`` is that of the process's own generators."""
+    """The state of a run between turns, as copies; ``random`` is that of the process's own generators.
+
+    All processes call it together; what process 0 returns has all workers.
+    """
     layout, outer = context.replicas.layout, context.outer
     names = {id(p): n for n, p in outer.parameters.items()}
     groups = outer.optimizer.param_groups
@@ -56,7 +65,7 @@ def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int, random: Pack
         },
         "algorithm": _copied(algorithm.state_dict()),
         "random": random,
-        "workers": {w: _pack_worker(context, w) for w in context.replicas.workers},
+        "workers": _pack_workers(context),
     }
 
 
@@ -128,6 +137,13 @@ def apply(state: Packed, context: SyncContext, algorithm: SyncAlgorithm) -> None
             " inner optimizer state, and the data is dealt anew.",
             stacklevel=2,
         )
+    team = 1 + len(workers[0].get("team", []))
+    if team != context.comm.world.team:
+        warnings.warn(
+            f"Resuming workers of {team} processes each with {context.comm.world.team}: the batch of a worker is now"
+            f" {context.comm.world.team} batches of the loader, and the data is dealt anew.",
+            stacklevel=2,
+        )
     for w in context.replicas.workers:
         if w in workers:
             _unpack_worker(workers[w], context, w)
@@ -152,6 +168,24 @@ def restore_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
 
 
 # -------------------------------------------------------------------------------------------- workers
+
+
+def _pack_workers(context: SyncContext) -> dict[int, Packed]:
+    world = context.comm.world
+    packed = {w: _pack_worker(context, w) for w in world.workers}
+    if world.size == 1:
+        return packed
+    world.meet(f"a checkpoint after {context.local_steps} local steps")
+    if world.member > 0:
+        packed = {w: {key: own[key] for key in _PER_MEMBER} for w, own in packed.items()}
+    workers: dict[int, Packed] = {}
+    for theirs in world.gather_to_first(_copied(packed, torch.device("cpu"))):
+        for w, own in theirs.items():
+            if w in workers:
+                workers[w].setdefault("team", []).append(own)
+            else:
+                workers[w] = own
+    return workers
 
 
 def _pack_worker(context: SyncContext, w: int) -> Packed:
@@ -181,16 +215,27 @@ def _unpack_worker(packed: Packed, context: SyncContext, w: int) -> None:
     _unpack_control(worker, packed["control"])
     if worker.scaler is not None and packed["scaler"] is not None:
         worker.scaler.load_state_dict(packed["scaler"])
-    if worker.stream is not None and packed["random"] is not None:
-        worker.stream.cpu_state = packed["random"]["cpu"].clone()
-        if worker.stream.cuda_state is not None and packed["random"]["cuda"] is not None:
-            worker.stream.cuda_state = packed["random"]["cuda"].clone()
+    member = _of_member(packed, context.comm.world)
+    if worker.stream is not None and member["random"] is not None:
+        worker.stream.cpu_state = member["random"]["cpu"].clone()
+        if worker.stream.cuda_state is not None and member["random"]["cuda"] is not None:
+            worker.stream.cuda_state = member["random"]["cuda"].clone()
     worker.gradients = {
-        layout.parameters[n]: g.to(layout.parameters[n].device, copy=True) for n, g in packed["gradients"].items()
+        layout.parameters[n]: g.to(layout.parameters[n].device, copy=True) for n, g in member["gradients"].items()
     }
     for name, saved in packed["slots"].items():
         for n, tensor in context.replicas.slot(w, name).items():
             tensor.copy_(saved[n])
+
+
+def _of_member(packed: Packed, world: World) -> Packed:
+    """What a worker's file says about this member of its team; with another team, what comes nearest."""
+    team: list[Packed] = [packed, *packed.get("team", [])]
+    if len(team) == world.team:
+        return team[world.member]
+    means = {n: mean_of([m["gradients"][n] for m in team]) for n in packed["gradients"]}
+    gradients = {n: g.to(packed["gradients"][n].dtype) for n, g in means.items()}
+    return {"random": packed["random"] if world.member == 0 else None, "gradients": gradients}
 
 
 def _unpack_control(worker: Worker, saved: Sequence[Any]) -> None:
@@ -279,10 +324,11 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 
 
 def _copied(value: Any, device: torch.device | None = None) -> Any:
-    """A deep copy that shares no tensor; with a device, all tensors but step counters are moved there."""
+    """A deep copy that shares no tensor; with a device, tensors are moved there (step counters to the CPU only)."""
     if isinstance(value, Tensor):
         clone = value.detach().clone()
-        return clone.to(device) if device is not None and value.numel() > 1 else clone
+        moves = device is not None and (value.numel() > 1 or device.type == "cpu")
+        return clone.to(device) if moves else clone
     if isinstance(value, dict):
         return {k: _copied(v, device) for k, v in value.items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):

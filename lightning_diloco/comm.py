@@ -1,14 +1,26 @@
 """What crosses between workers, and the ledger that counts it.
 
-Owns the arithmetic of an exchange (order of summation, accumulation dtype) and its byte count. Does not own what is
-exchanged or when (``algorithms/``). Imports nothing of Lightning.
+Owns the arithmetic of an exchange (order of summation, accumulation dtype), its way over processes, and its byte count.
+Does not own what is exchanged or when (``algorithms/``), nor who hosts whom (``world.py``). Imports nothing of
+Lightning.
+
+A mean over W processes moves each tensor as a ring all-reduce does, twice, whatever ``ordered``: with n workers per
+process and P bytes, a process sends n·P·(W−1)/W so that each process can sum its slice of the tensor in the workers'
+order, and P·(W−1)/W with the result. For n = 1 that is the ring's 2P(W−1)/W, and H times less often than DDP.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from lightning_diloco.world import World
+
+CHUNK = 1 << 22
+"""Elements that a process exchanges at a time, per worker."""
 
 Read = Callable[[int], Mapping[str, Tensor]]  # worker → named tensors
 
@@ -41,18 +53,42 @@ class Ledger:
         return sum(entry.payload_bytes for entry in self.entries)
 
 
+class Seen(Protocol):
+    """Whoever looks at what is averaged, piece by piece, as it passes through this process."""
+
+    def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
+        """A piece of tensor ``name``, flattened, from element ``start`` on.
+
+        Args:
+            what: the ledger's word for the exchange.
+            name: which tensor.
+            start: where the piece begins.
+            rows: the participants' values, in order; none with ``reduction="all_reduce"`` over several processes.
+            mean: their mean.
+        """
+
+
 class Comm:
-    """Mean and exchange over the workers of one process.
+    """Mean and exchange over all workers, wherever they are hosted. Every process calls the same methods in step.
 
     Args:
-        workers: global ids of all workers.
+        world: which workers are hosted here, and how to reach the others.
         clock: gives the number of completed local steps, for the ledger.
+        ordered: sum in the workers' order, so that results don't depend on the layout; else in the order of the
+            back end's all-reduce.
+
+    Attributes:
+        workers: global ids of all workers.
+        observer: told what is averaged, if not None.
     """
 
-    def __init__(self, workers: Sequence[int], clock: Callable[[], int]) -> None:
-        self.workers = list(workers)
+    def __init__(self, world: World, clock: Callable[[], int], ordered: bool = True) -> None:
+        self.world = world
+        self.workers = list(range(world.num_workers))
         self.ledger = Ledger()
         self.clock = clock
+        self.ordered = ordered
+        self.observer: Seen | None = None
 
     def mean(
         self,
@@ -61,62 +97,219 @@ class Comm:
         workers: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         what: str | None = "delta",
+        like: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The mean over workers, tensor by tensor; see :func:`mean_of`.
 
         Args:
-            names: which tensors.
-            read: gives worker i's tensors; all workers' have the same shapes and dtypes.
-            workers: who takes part; default all.
+            names: which tensors, in the same order on all processes.
+            read: gives worker i's tensors; called for workers hosted here only. All workers' have the same shapes and
+                dtypes.
+            workers: who takes part, in ascending order; default all.
             weights: one weight ≥ 0 per participant, normalised to sum 1 here; default 1/N each.
             what: what the ledger calls it; None for means that no real cluster would send.
+            like: name → a tensor of the right shape, dtype and device; default: what ``read`` gives for the first
+                worker hosted here.
 
         Returns:
             New tensors of the inputs' shapes; half types come back as float32, in which they are accumulated.
         """
-        workers = self.workers if workers is None else list(workers)
+        workers, names = self.workers if workers is None else list(workers), list(names)
         if weights is not None and (len(weights) != len(workers) or min(weights) < 0 or not sum(weights)):
             raise ValueError(
                 f"`weights` (={list(weights)}) must hold one number ≥ 0 for each of the {len(workers)} participants"
                 " and not only zeros."
             )
-        values = [read(w) for w in workers]
-        result, sent = {}, 0
-        for name in names:
-            held = [tensors[name] for tensors in values]
-            result[name] = mean_of(held, weights)
-            sent += held[0].nbytes
+        if like is None:
+            like = read(self.world.workers[0])
+        if self.world.size == 1:
+            values, result = [read(w) for w in workers], {}
+            for name in names:
+                held = [tensors[name] for tensors in values]
+                result[name] = mean_of(held, weights)
+                if self.observer is not None:
+                    self.observer.saw(what, name, 0, [*map(_flat, held)], _flat(result[name]))
+        else:
+            result = self._mean_over_processes(names, read, workers, weights, what, like)
         if what is not None:
-            self.record(what, sent)
+            self.record(what, sum(like[name].nbytes for name in names))
         return result
+
+    def _mean_over_processes(
+        self,
+        names: Sequence[str],
+        read: Read,
+        participants: Sequence[int],
+        weights: Sequence[float] | None,
+        what: str | None,
+        like: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """In chunks, so that memory stays bounded; each process averages its slice of a chunk and hands it round."""
+        world, here = self.world, [w for w in participants if w in self.world.workers]
+        total = len(participants) if weights is None else sum(weights)
+        shares = {w: (1 if weights is None else weights[i]) / total for i, w in enumerate(participants)}
+        result = {n: _flat(like[n]).new_empty(_real(like[n]).shape, dtype=_accumulator(like[n].dtype)) for n in names}
+        latest: dict[int, tuple[str, Tensor]] = {}  # Δ_i is computed when read: a tensor of many chunks only once
+
+        def piece(worker: int, name: str, start: int, stop: int) -> Tensor:
+            if latest.get(worker, ("",))[0] != name:
+                latest[worker] = name, _flat(read(worker)[name])
+            return latest[worker][1][start:stop]
+
+        for segments in _chunks(names, like):
+            template = like[segments[0][0]]
+            width = -(-sum(stop - start for _, start, stop in segments) // world.size)
+            rows = _flat(template).new_zeros(len(here), width * world.size)
+            for row, worker in zip(rows, here, strict=True):
+                at = 0
+                for name, start, stop in segments:
+                    row[at : at + stop - start] = piece(worker, name, start, stop)
+                    at += stop - start
+            if self.ordered:
+                slices = self._slices_of(rows, participants, width)
+                own = mean_of(slices, weights)
+                chunk = own.new_empty(width * world.size)
+                dist.all_gather(list(torch.split(chunk, width)), own)  # all_gather_into_tensor has changed its name
+            else:
+                slices = []
+                chunk = rows.new_zeros(width * world.size, dtype=_accumulator(rows.dtype))
+                for row, worker in zip(rows, here, strict=True):
+                    chunk += row.to(chunk.dtype) * (shares[worker] / world.team)
+                dist.all_reduce(chunk)
+            at = 0
+            for name, start, stop in segments:
+                result[name].view(-1)[start:stop] = chunk[at : at + stop - start]
+                self._show(what, name, start, at, at + stop - start, width, slices, chunk)
+                at += stop - start
+        return {n: torch.view_as_complex(t) if like[n].is_complex() else t for n, t in result.items()}
+
+    def _slices_of(self, rows: Tensor, participants: Sequence[int], width: int) -> list[Tensor]:
+        """Every participant's values of this process's slice, in order. Members of a team do their own slices each."""
+        world = self.world
+        mates = [r for r in range(world.size) if r % world.team == world.member]
+        sent = rows.view(len(rows), world.size, width)[:, mates].transpose(0, 1).reshape(-1)
+        counts = {r: sum(w in participants for w in world.hosted_by(r)) if r in mates else 0 for r in range(world.size)}
+        received = rows.new_empty(sum(counts.values()) * width)
+        dist.all_to_all_single(
+            received,
+            sent,
+            [counts[r] * width for r in range(world.size)],
+            [len(rows) * width if r in mates else 0 for r in range(world.size)],
+        )
+        return list(received.view(-1, width))
+
+    def _show(
+        self,
+        what: str | None,
+        name: str,
+        start: int,
+        begin: int,
+        end: int,
+        width: int,
+        slices: Sequence[Tensor],
+        chunk: Tensor,
+    ) -> None:
+        """Shows the observer what of ``chunk[begin:end]`` (of ``name``, from ``start`` on) is this process's slice."""
+        low, high = max(begin, self.world.rank * width), min(end, (self.world.rank + 1) * width)
+        if self.observer is not None and low < high:
+            offset = self.world.rank * width
+            rows = [s[low - offset : high - offset] for s in slices]
+            self.observer.saw(what, name, start + low - begin, rows, chunk[low:high])
+
+    @torch.no_grad()
+    def copies_of(self, worker: int, names: Iterable[str], read: Read, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of ``worker``'s tensors, on every process.
+
+        Args:
+            worker: whose.
+            names: which tensors, in the same order on all processes.
+            read: gives the worker's tensors; called where it is hosted.
+            like: name → a tensor of the right shape, dtype and device.
+        """
+        held = read(worker) if worker in self.world.workers else None
+        copies = {n: torch.empty_like(like[n]) if held is None else held[n].clone() for n in names}
+        if self.world.size > 1:
+            for copy in copies.values():
+                flat = _flat(copy).contiguous()
+                dist.broadcast(flat, self.world.host(worker))
+                _real(copy).copy_(flat.view_as(_real(copy)))
+        return copies
 
     def exchange(
         self, pairs: Iterable[tuple[int, int]], names: Iterable[str], read: Read, what: str = "weights"
     ) -> dict[int, dict[str, Tensor]]:
-        """Each pair of workers swaps its tensors (gossip): worker → a copy of its partner's tensors.
+        """Each pair of workers swaps its tensors (gossip).
 
         Args:
-            pairs: disjoint pairs of different workers.
+            pairs: disjoint pairs of different workers, the same on all processes.
             names: which tensors.
-            read: gives worker i's tensors.
+            read: gives worker i's tensors; called for workers hosted here only.
             what: what the ledger calls it.
+
+        Returns:
+            For every worker of a pair that is hosted here: a copy of its partner's tensors.
         """
-        pairs, names = list(pairs), list(names)
+        pairs, names, world = list(pairs), list(names), self.world
         flat = [w for pair in pairs for w in pair]
         if len(set(flat)) != len(flat) or not set(flat) <= set(self.workers):
             raise ValueError(f"`pairs` (={pairs}) must be disjoint pairs of different workers out of {self.workers}.")
         received: dict[int, dict[str, Tensor]] = {}
-        for a, b in pairs:
-            received[a] = {n: read(b)[n].clone() for n in names}
-            received[b] = {n: read(a)[n].clone() for n in names}
+        for own, partner in [*pairs, *((b, a) for a, b in pairs)]:
+            if own not in world.workers:
+                continue
+            if partner in world.workers:
+                received[own] = {n: read(partner)[n].clone() for n in names}
+                continue
+            received[own] = {n: torch.empty_like(read(own)[n]) for n in names}
+            rank = world.host(partner, world.member)
+            for name in names:
+                outgoing, incoming = _flat(read(own)[name]).contiguous(), _flat(received[own][name]).contiguous()
+                operations = [dist.P2POp(dist.isend, outgoing, rank), dist.P2POp(dist.irecv, incoming, rank)]
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+                target = _real(received[own][name])
+                target.copy_(incoming.view_as(target))
         if pairs:
-            self.record(what, sum(t.nbytes for t in received[pairs[0][0]].values()))
+            mine = read(world.workers[0])
+            self.record(what, sum(mine[n].nbytes for n in names))
         return received
 
     def record(self, what: str, payload_bytes: int) -> None:
         """Enters an exchange in the ledger; algorithms that move tensors themselves call it."""
         if payload_bytes:
             self.ledger.entries.append(Exchange(self.clock(), what, payload_bytes))
+
+
+def _chunks(names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
+    """Segments (name, start, stop) of flattened tensors, in groups of one dtype and device and bounded size."""
+    kinds = dict.fromkeys((like[n].dtype, like[n].device) for n in names)
+    for kind in kinds:
+        group, free = [], CHUNK
+        for name in names:
+            size, at = _real(like[name]).numel(), 0
+            while (like[name].dtype, like[name].device) == kind and at < size:
+                stop = min(size, at + free)
+                group.append((name, at, stop))
+                free, at = free - (stop - at), stop
+                if not free:
+                    yield group
+                    group, free = [], CHUNK
+        if group:
+            yield group
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """One dimension, in the logical order of elements; complex numbers as pairs."""
+    return _real(tensor).reshape(-1)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Half types are summed in float32."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -131,8 +324,7 @@ def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     Returns:
         A new tensor; half types are accumulated, and returned, in float32.
     """
-    dtype = tensors[0].dtype
-    first = tensors[0].to(torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype, copy=True)
+    first = tensors[0].to(_accumulator(tensors[0].dtype), copy=True)
     if len(tensors) == 1:
         return first
     shift = torch.zeros_like(first)

@@ -5,25 +5,38 @@ inner optimizer state, non-finite workers. :meth:`SyncContext.restart` is the on
 own the outer step itself (``algorithms/``). Imports nothing of Lightning.
 """
 
+import hashlib
 import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.base import OuterStepReport
-from lightning_diloco.comm import Comm, Ledger, mean_of
+from lightning_diloco.comm import CHUNK, Comm, Ledger
 from lightning_diloco.inner import InnerOptimizers, average_inner_state
 from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import Replicas, is_floating, put_buffer, same_bits
+from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, is_floating, put_buffer, same_bits
 
 BufferPolicy = Literal["average", "first", "local"]
 InnerStatePolicy = Literal["keep", "reset", "average"]
 NonfinitePolicy = Literal["raise", "skip", "propagate"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a worker holds under a name: as much as others need to know to compare, and to make room for it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    digest: bytes
+
+
+Survey = dict[int, dict[str, Held]]  # worker → name of a frozen parameter or buffer → what it holds
 
 
 @dataclass
@@ -35,8 +48,54 @@ class _Round:
     participants: list[int]
     dropped: list[int]
     drift: tuple[float, ...]
-    cosine: float | None
-    norm: float
+    likeness: "_Likeness"
+
+
+class _Likeness:
+    """How alike the Δ_i are, from the pieces of the exchange that pass through this process: no extra traffic."""
+
+    def __init__(self, theta: Mapping[str, Tensor]) -> None:
+        self._theta = theta
+        self._square: Tensor | None = None  # ‖Δ‖², and
+        self._products: Tensor | None = None  # Δ_i·Δ_j, each over the pieces seen
+
+    @torch.no_grad()
+    def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
+        if what not in ("delta", "weights") or name not in self._theta:
+            return
+        for at in range(0, len(mean), CHUNK):
+            pieces = [t[at : at + CHUNK].double() for t in (mean, *rows)]
+            if what == "weights":
+                real = self._theta[name]
+                real = (torch.view_as_real(real) if real.is_complex() else real).reshape(-1).double()
+                pieces = [real[start + at : start + at + len(pieces[0])] - piece for piece in pieces]
+            square = pieces[0] @ pieces[0]
+            self._square = square if self._square is None else self._square + square
+            if rows:
+                products = torch.stack(pieces[1:]) @ torch.stack(pieces[1:]).T
+                self._products = products if self._products is None else self._products + products
+
+    def parts(self) -> tuple[float | None, list[list[float]] | None]:
+        """What this process has seen, for :func:`_likeness_of`."""
+        return (
+            None if self._square is None else float(self._square),
+            None if self._products is None else self._products.tolist(),
+        )
+
+
+def _likeness_of(parts: Sequence[Any]) -> tuple[float | None, float | None]:
+    """‖Δ‖ of the mean and the mean pairwise cosine, from every process's parts; None where nobody has seen it."""
+    squares = [square for square, _ in parts if square is not None]
+    seen = [torch.tensor(products, dtype=torch.float64) for _, products in parts if products is not None]
+    norm = math.sqrt(sum(squares)) if squares else None
+    if not seen or len(seen[0]) < 2:
+        return norm, None
+    products = torch.stack(seen).sum(0)
+    lengths = products.diagonal().sqrt()
+    scale = torch.where(lengths == 0, 1.0, lengths)  # a Δ_i of zero is orthogonal to all
+    cosines = products / scale / scale[:, None]
+    n = len(cosines)
+    return norm, float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
 
 
 class _Differences(Mapping[str, Tensor]):
@@ -97,6 +156,11 @@ class SyncContext:
         return self.comm.workers
 
     @property
+    def local_workers(self) -> list[int]:
+        """Global ids of the workers hosted by this process: those whose tensors can be read and written."""
+        return self.comm.world.workers
+
+    @property
     def names(self) -> list[str]:
         """The trainable parameters."""
         return self.outer.names
@@ -108,7 +172,8 @@ class SyncContext:
     def at_rest(self) -> bool:
         """Whether every worker's trainable parameters are θ's, bit for bit: there is nothing to synchronise."""
         theta = self.outer.tensors
-        return all(same_bits(self.replicas.tensors(w)[n], theta[n]) for w in self.workers for n in self.names)
+        here = all(same_bits(self.replicas.tensors(w)[n], theta[n]) for w in self.local_workers for n in self.names)
+        return all(self.comm.world.meet(f"the end of training after {self.local_steps} local steps", here))
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
         """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype, each computed when asked for."""
@@ -127,22 +192,22 @@ class SyncContext:
             RuntimeError: a worker's Δ_i is not finite, N > 1, and ``nonfinite`` is "raise" (or all workers are bad).
         """
         started = time.perf_counter()
-        drift: list[float] = []
-        bad: list[int] = []
-        unit_sum: dict[str, Tensor] = {}
-        delta_sum: dict[str, Tensor] = {}
-        scale = _norm(self.outer.tensors[n] for n in self.names)
-        for w in self.workers:
-            delta = {n: d.to(torch.promote_types(d.dtype, torch.float32)) for n, d in self.pseudo_gradient(w).items()}
-            norm = _norm(delta.values())
-            drift.append(norm / scale if scale > 0 else norm)
-            if not math.isfinite(norm) and self.num_workers > 1 and self.nonfinite != "propagate":
-                bad.append(w)
-                continue
-            for n, d in delta.items():
-                delta_sum[n] = delta_sum[n] + d if n in delta_sum else d
-                unit = d / norm if norm > 0 else d
-                unit_sum[n] = unit_sum[n] + unit if n in unit_sum else unit
+        theta, world = self.outer.tensors, self.comm.world
+        norms = {w: _norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
+        where = f"the synchronisation after {self.local_steps} local steps"
+        everybody = world.meet(where, (norms, world.stop_requested, _checksum(theta) if world.size > 1 else 0))
+        if any(checksum != everybody[0][2] for _, _, checksum in everybody):
+            odd = next(r for r, (_, _, checksum) in enumerate(everybody) if checksum != everybody[0][2])
+            raise RuntimeError(
+                f"Process {odd} holds another outer model θ than process 0 at {where}: something wrote different"
+                " weights into the module on different processes. Callbacks and hooks must write the same everywhere."
+            )
+        world.stopping = any(stop for _, stop, _ in everybody)
+        norms = {w: norm for theirs, _, _ in everybody for w, norm in theirs.items()}
+        scale = _norm(theta[n] for n in self.names)
+        drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
+        tolerant = self.num_workers == 1 or self.nonfinite == "propagate"
+        bad = [w for w in self.workers if not (tolerant or math.isfinite(norms[w]))]
         good = [w for w in self.workers if w not in bad]
         if bad and (self.nonfinite == "raise" or not good):
             raise RuntimeError(
@@ -158,11 +223,8 @@ class SyncContext:
                 " finite. It restarts from θ with fresh inner state.",
                 stacklevel=2,
             )
-        moving = sum(d > 0 for w, d in zip(self.workers, drift, strict=True) if w in good)
-        pairs = len(good) * (len(good) - 1)
-        cosine = (_norm(unit_sum.values()) ** 2 - moving) / pairs if pairs else None
-        norm = _norm(delta_sum.values()) / len(good)
-        self._round = _Round(started, self.ledger.total_bytes, good, bad, tuple(drift), cosine, norm)
+        likeness = self.comm.observer = _Likeness(theta)
+        self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, likeness)
         return good
 
     @torch.no_grad()
@@ -172,7 +234,7 @@ class SyncContext:
         """Each worker's parameters become ``α·θ_i + (1−α)·values``.
 
         Args:
-            workers: which workers.
+            workers: which workers; those hosted elsewhere are left to their process.
             names: which parameters.
             values: parameter name → target, in the parameter's shape.
             alpha: weight of the local value, 0 ≤ α ≤ 1; 0 copies, so that not even a NaN of the replica survives.
@@ -180,7 +242,7 @@ class SyncContext:
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` (={alpha}) must lie between 0 (take the values) and 1 (keep the replica).")
         names = list(names)
-        for w in workers:
+        for w in [w for w in workers if w in self.local_workers]:
             replica = self.replicas.tensors(w)
             for n in names:
                 if alpha == 0:
@@ -193,83 +255,153 @@ class SyncContext:
         """Closes a synchronisation: applies the policies for buffers, inner state and dropped workers."""
         done = self._round
         assert done is not None, "end_round() without begin_round()"
-        self._synchronise_frozen(done.participants)
-        self.synchronise_buffers(done.participants)
+        self.comm.observer = None
+        where = f"the end of the synchronisation after {self.local_steps} local steps"
+        everybody = self.comm.world.meet(where, (self._survey(), done.likeness.parts()))
+        held = _joined([survey for survey, _ in everybody])
+        self._synchronise_frozen(done.participants, held)
+        self.synchronise_buffers(done.participants, held)
         self._synchronise_inner_state(done)
         self.round_start = self.local_steps
         self.outer_steps += 1
         self._round = None
+        norm, cosine = _likeness_of([parts for _, parts in everybody])
         return OuterStepReport(
             step=self.local_steps,
             outer_step=self.outer_steps,
             kind=kind,
-            pseudo_gradient_norm=done.norm,
+            pseudo_gradient_norm=norm,
             drift=done.drift,
-            cosine=done.cosine,
+            cosine=cosine,
             payload_bytes=self.ledger.total_bytes - done.bytes_before,
             participants=tuple(done.participants),
             seconds=time.perf_counter() - done.started,
         )
 
-    def _synchronise_frozen(self, participants: list[int]) -> None:
+    # ---------------------------------------------------------------------------------------- frozen, buffers, state
+
+    def survey(self, where: str) -> Survey:
+        """What every worker holds in its frozen parameters and buffers; all processes ask together."""
+        return _joined(self.comm.world.meet(where, self._survey()))
+
+    def _survey(self) -> Survey:
+        layout, theta = self.replicas.layout, self.outer.state
+        reference: dict[str, Tensor | None] = {n: theta.tensors[n] for n in layout.frozen}
+        reference |= _named_buffers(layout, theta)
+        survey: Survey = {}
+        for w in self.local_workers:
+            tensors = {n: self.replicas.tensors(w)[n] for n in layout.frozen}
+            tensors |= _named_buffers(layout, self.replicas.states[w])
+            survey[w] = {
+                name: Held(t.shape, t.dtype, b"" if self.num_workers == 1 else _digest(t, reference.get(name)))
+                for name, t in tensors.items()
+            }
+        return survey
+
+    def _synchronise_frozen(self, participants: list[int], held: Survey) -> None:
         """Frozen parameters follow the policy of buffers: floating ones of floating buffers, others of integer ones."""
         read, frozen = self.replicas.tensors, self.replicas.layout.frozen
-        held = {n: [read(w)[n] for w in self.workers] for n in frozen}
-        differing = [n for n, tensors in held.items() if not all(same_bits(t, tensors[0]) for t in tensors)]
-        averaged = [n for n in differing if self.buffers != "first" and is_floating(held[n][0])]
+        here = read(self.local_workers[0])
+        differing = [n for n in frozen if not self.same(held, n)]
+        averaged = [n for n in differing if self.buffers != "first" and is_floating(here[n])]
         values = self.comm.mean(averaged, read, participants, what=None)
-        values |= {n: read(participants[0])[n].clone() for n in differing if n not in values}
-        self.outer.assign({**{n: held[n][0] for n in frozen}, **values})
+        others = [n for n in differing if n not in values]
+        values |= self.comm.copies_of(participants[0], others, read, like=here)
+        self.outer.assign({**{n: here[n] for n in frozen}, **values})
         if self.buffers != "local":
-            self.comm.record("buffers", sum(held[n][0].nbytes for n in differing))
+            self.comm.record("buffers", sum(here[n].nbytes for n in differing))
             self.restart(self.workers, differing, values)
 
     @torch.no_grad()
-    def synchronise_buffers(self, participants: Sequence[int] | None = None) -> None:
-        """Buffers follow the policy; tensors that all workers hold bit for bit are left alone and cost nothing."""
+    def synchronise_buffers(self, participants: Sequence[int] | None = None, held: Survey | None = None) -> None:
+        """Buffers follow the policy; tensors that all workers hold bit for bit are left alone and cost nothing.
+
+        Args:
+            participants: whose values count; default all workers'. The others get the result whatever the policy.
+            held: what every worker holds, if known.
+        """
         participants = self.workers if participants is None else participants
+        held = held or self.survey(f"the synchronisation of buffers after {self.local_steps} local steps")
         dropped = [w for w in self.workers if w not in participants]
-        theta = self.outer.state.buffers
-        states = [self.replicas.states[w].buffers for w in self.workers]
-        first = self.replicas.states[participants[0]]
-        sent = 0
-        for (position, name), reference in list(first.named_buffers()):
-            held = [s[position].get(name) for s in states]
-            if all(b is not None and same_bits(b, reference) for b in held):
-                value = reference
-            else:
-                held = [self.replicas.states[w].buffers[position].get(name) for w in participants]
-                value = reference.clone() if self.buffers == "first" else common_buffer(reference, held)
-                targets = self.workers if self.buffers != "local" else dropped
-                for w in targets:
-                    put_buffer(self.replicas.states[w].buffers[position], name, value)
-                sent += reference.nbytes if self.buffers != "local" else 0
+        theta, states = self.outer.state.buffers, self.replicas.states
+        common = self.common_buffers(participants, held, first=self.buffers == "first")
+        targets = [w for w in (self.workers if self.buffers != "local" else dropped) if w in self.local_workers]
+        for (position, name), value in common.items():
+            for w in targets:
+                put_buffer(states[w].buffers[position], name, value)
             put_buffer(theta[position], name, value)
-        self.comm.record("buffers", sent)
+        for (position, name), value in states[self.local_workers[0]].named_buffers():
+            full = f"{self.replicas.layout.module_names[position]}.{name}"
+            if (position, name) not in common and full in held[participants[0]]:
+                put_buffer(theta[position], name, value)
+        self.comm.record("buffers", sum(v.nbytes for v in common.values()) if self.buffers != "local" else 0)
+
+    def common_buffers(self, participants: Sequence[int], held: Survey, first: bool = False) -> dict[BufferKey, Tensor]:
+        """What stands for buffers of which workers hold different values, as new tensors.
+
+        The mean over the participants, if all have a floating tensor of the same shape and dtype; else, and with
+        ``first``, the first participant's. Buffers that the first participant lacks are left out.
+        """
+        layout, device = self.replicas.layout, next(iter(self.outer.tensors.values())).device
+        leading = held[participants[0]]
+        position = {name: i for i, name in enumerate(layout.module_names)}
+        keys = {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}
+        differing = [n for n in keys if not self.same(held, n)]
+        like = {n: torch.empty(leading[n].shape, dtype=leading[n].dtype, device=device) for n in differing}
+        averaged = [
+            n
+            for n in differing
+            if not first and is_floating(like[n]) and len({_kind(held[w].get(n)) for w in participants}) == 1
+        ]
+
+        def read(worker: int) -> Mapping[str, Tensor]:
+            return _named_buffers(layout, self.replicas.states[worker])
+
+        values = self.comm.mean(averaged, read, participants, what=None, like=like)
+        values |= self.comm.copies_of(participants[0], [n for n in differing if n not in values], read, like)
+        return {keys[n]: values[n].to(like[n].dtype) for n in differing}
+
+    def same(self, held: Survey, name: str) -> bool:
+        """Whether all workers hold the same under a name, bit for bit."""
+        return len({held[w].get(name) for w in self.workers}) == 1
 
     def _synchronise_inner_state(self, done: _Round) -> None:
         targets = self.workers if self.inner_state == "reset" else done.dropped
-        for w in targets:
+        for w in [w for w in targets if w in self.local_workers]:
             self.inner.workers[w].reset_inner_state(self.inner.initial)
         if self.inner_state == "average":
-            sent = average_inner_state([self.inner.workers[w].states for w in done.participants])
-            self.comm.record("inner_state", sent)
+            states = {w: self.inner.workers[w].states for w in self.local_workers if w in done.participants}
+            self.comm.record("inner_state", average_inner_state(self.comm, self.inner.live, states))
 
 
-def common_buffer(reference: Tensor, held: Sequence[Tensor | None]) -> Tensor:
-    """What stands for several workers' values of one buffer, as a new tensor.
+def _joined(surveys: Sequence[Survey]) -> Survey:
+    return {w: held for survey in surveys for w, held in survey.items()}
 
-    Args:
-        reference: the first worker's.
-        held: every worker's; None where it has no such buffer.
 
-    Returns:
-        The mean, if all have a floating tensor of the same shape and dtype; else the first worker's.
-    """
-    alike = [b for b in held if b is not None and b.shape == reference.shape and b.dtype == reference.dtype]
-    if len(alike) < len(held) or not is_floating(reference):
-        return reference.clone()
-    return mean_of(alike).to(reference.dtype)
+def _named_buffers(layout: Layout, state: ModelState) -> dict[str, Tensor]:
+    return {f"{layout.module_names[position]}.{name}": b for (position, name), b in state.named_buffers()}
+
+
+def _kind(held: Held | None) -> Any:
+    return None if held is None else (held.shape, held.dtype)
+
+
+def _digest(tensor: Tensor, reference: Tensor | None) -> bytes:
+    """Empty if the tensor is the reference bit for bit, else a hash of its bits."""
+    if reference is not None and same_bits(tensor, reference):
+        return b""
+    bits = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """A number that differs, almost surely, if a bit does."""
+    total = 0
+    for n, t in tensors.items():
+        bits = t.detach().reshape(-1).contiguous().view(torch.uint8)
+        whole = bits[: len(bits) // 4 * 4].view(torch.int32)
+        total = (total * 31 + int(whole.sum(dtype=torch.int64)) + int(bits[len(whole) * 4 :].sum()) + len(n)) % 2**63
+    return total
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

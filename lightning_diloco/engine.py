@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from lightning_diloco import checkpoint
 from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
 from lightning_diloco.comm import Comm
-from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext, common_buffer
+from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
 from lightning_diloco.inner import InnerOptimizers
 from lightning_diloco.outer import Outer, OuterFactory
 from lightning_diloco.public import PublicModel
 from lightning_diloco.randomness import RandomStream, derive_seed, process_state
 from lightning_diloco.refusals import refuse_foreign_tensors, refuse_overlaps, refuse_unswappable
-from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers, is_floating
+from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers, is_floating, put_buffer
 from lightning_diloco.worker import ScalerOwner
+from lightning_diloco.world import World
 
 EvalWeights = Literal["average", "outer", "worker"]
 
@@ -67,6 +68,8 @@ class Engine:
         scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
         schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
         initial: what a worker's optimizer states are reset to; default: what they are now.
+        world: the processes that share the workers; default: this one hosts all.
+        ordered: see :class:`~lightning_diloco.comm.Comm`.
 
     Raises:
         ValueError: the module has nothing to train, or parameters that can't be replicated.
@@ -86,22 +89,26 @@ class Engine:
         scaler_owner: ScalerOwner | None = None,
         schedulers: Sequence[Any] = (),
         initial: Sequence[Any] | None = None,
+        world: World | None = None,
+        ordered: bool = True,
     ) -> None:
+        self.world = world or World(num_workers)
         self.module = module
         self.policies = policies or Policies()
         self.algorithm = algorithm
         self.num_workers = num_workers
-        self.local_workers = list(range(num_workers))
+        self.local_workers = self.world.workers
         self.current_worker: int | None = None
         refuse_unswappable(module)
         layout = Layout(module, self.policies.share_frozen)
         self._seed = seed
-        self._device = layout.parameters[layout.trainable[0]].device
+        self._device = self.world.device = layout.parameters[layout.trainable[0]].device
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.own, outer_factory)
         self._public = PublicModel(self._replicas, self._outer)
         solo = num_workers == 1
-        streams = {w: RandomStream(derive_seed(seed, "worker", w, 0), self._device) for w in self.local_workers}
+        member = self.world.member
+        streams = {w: RandomStream(derive_seed(seed, "worker", w, member), self._device) for w in self.local_workers}
         if not solo:
             refuse_foreign_tensors(module, optimizers)
             refuse_overlaps(layout)
@@ -110,7 +117,7 @@ class Engine:
         self.context = SyncContext(
             replicas=self._replicas,
             outer=self._outer,
-            comm=Comm(self.local_workers, lambda: self.local_steps),
+            comm=Comm(self.world, lambda: self.local_steps, ordered),
             inner=self._inner,
             interval=interval,
             num_workers=num_workers,
@@ -233,12 +240,19 @@ class Engine:
             return []
         self._stepped = False
         self.context.local_steps += 1
+        self.share_buffers_in_team()
         if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
             self._inner.check_averageable(self.policies.inner_state)
         if self.transparent:
             self._public.take_over()  # follows tensors that were replaced
         self._inner.share_outside_changes()
         return self._exchanged(self.algorithm.after_inner_step(self.local_steps))
+
+    def share_buffers_in_team(self) -> None:
+        """Where several processes make up a worker, its first one's buffers hold, as under DDP."""
+        if self.world.team > 1:
+            for w in self.local_workers:
+                self.world.share_in_team([b for _, b in self._replicas.states[w].named_buffers()])
 
     def flush(self) -> Sequence[OuterStepReport]:
         """One last synchronisation on a partial round; nothing if no step, or no change, is pending.
@@ -338,7 +352,7 @@ class Engine:
             with stream.active() if self.num_workers > 1 else nullcontext(), self.weights(self.policies.eval_weights):
                 shown = self._replicas.layout.read().buffers
                 before = copy_buffers(shown)
-                with self._inner.sandbox():
+                with self._inner.sandbox(self.context.comm):
                     yield
                 after = [dict(own) for own in shown]
         finally:
@@ -366,15 +380,26 @@ class Engine:
         replicas, layout = self._replicas, self._replicas.layout
         if which == "outer":
             return layout.copy_of(ModelState(dict(self.algorithm.publish()), self._outer.state.buffers))
-        if which != "average":
-            return layout.copy_of(replicas.states[self.local_workers[0] if which == "worker" else which])
-        scratch = layout.copy_of(replicas.states[self.local_workers[0]])
-        floating = [n for n in layout.names if is_floating(scratch.tensors[n])]
-        for name, value in self.context.comm.mean(floating, replicas.tensors, what=None).items():
+        if isinstance(which, int):
+            return layout.copy_of(replicas.states[which])
+        comm, here = self.context.comm, self.local_workers[0]
+        scratch = layout.copy_of(replicas.states[here])
+        if which == "worker" and self.world.size == 1:
+            return scratch
+        held = self.context.survey(f"an evaluation after {self.local_steps} local steps")
+        if which == "worker":
+            values = comm.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
+        else:
+            differing = [n for n in layout.names if n not in layout.frozen or not self.context.same(held, n)]
+            floating = [n for n in differing if is_floating(scratch.tensors[n])]
+            values = comm.mean(floating, replicas.tensors, what=None)
+            others = [n for n in differing if n not in values]
+            values |= comm.copies_of(0, others, replicas.tensors, scratch.tensors)
+        for name, value in values.items():
             scratch.tensors[name].copy_(value)
-        for (position, name), buffer in scratch.named_buffers():
-            held = [replicas.states[w].buffers[position].get(name) for w in self.local_workers]
-            buffer.copy_(common_buffer(buffer, held))
+        common = self.context.common_buffers(self.context.workers, held, first=which == "worker")
+        for (position, name), value in common.items():
+            put_buffer(scratch.buffers[position], name, value)
         return scratch
 
     # ---------------------------------------------------------------------------------------- what others may read

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm import mean_of
+from lightning_diloco.comm import Comm
 from lightning_diloco.randomness import RandomStream
 from lightning_diloco.replicas import is_floating, same_bits
 from lightning_diloco.worker import (
@@ -127,17 +127,20 @@ class InnerOptimizers:
                 holder.write(values)
 
     @contextmanager
-    def sandbox(self) -> Iterator[None]:
+    def sandbox(self, comm: Comm) -> Iterator[None]:
         """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states.
 
         Control state that is written inside (learning rates, schedulers) is meant for every worker, as elsewhere.
         """
         self.share_outside_changes()
-        others = [w for w in self.workers.values() if w is not self.first]
         for position, optimizer in enumerate(self.live):
             optimizer.state = copy_state(optimizer.state)
             if _has_modes(optimizer):
-                average_inner_state([[optimizer.state], *([copy_state(w.states[position])] for w in others)], least=1)
+                states = {
+                    i: [optimizer.state if w is self.first else copy_state(w.states[position])]
+                    for i, w in self.workers.items()
+                }
+                average_inner_state(comm, [optimizer], states, least=1)
         self._sandboxed = True
         try:
             yield
@@ -169,28 +172,51 @@ class InnerOptimizers:
 
 
 @torch.no_grad()
-def average_inner_state(states: Sequence[Sequence[OptimizerState]], least: int = 2) -> int:
+def average_inner_state(
+    comm: Comm, optimizers: Sequence[Any], states: Mapping[int, Sequence[OptimizerState]], least: int = 2
+) -> int:
     """Averages, in place, the floating tensors with ``least`` elements or more; returns bytes sent per worker.
 
     Args:
-        states: per worker, per optimizer, the optimizer's state. An entry that some workers lack (of a parameter that
-            never had a gradient there) is averaged over those that have it.
+        comm: reaches the workers hosted elsewhere.
+        optimizers: the live optimizers, which know the order of their parameters.
+        states: for each participant hosted here, its state of each optimizer. An entry that some workers lack (of a
+            parameter that never had a gradient there) is averaged over those that have it.
         least: elements that a tensor must have; 2 leaves step counters alone.
     """
+    entries = {w: _averageable(optimizers, own, least) for w, own in states.items()}
+    kinds = {w: {name: (t.shape, t.dtype) for name, t in own.items()} for w, own in entries.items()}
+    everybody = comm.world.meet("a mean of inner optimizer states", kinds)
+    held = {w: own for theirs in everybody for w, own in theirs.items()}
+    holders: dict[str, list[int]] = {}
+    for w in sorted(held):
+        for name in held[w]:
+            holders.setdefault(name, []).append(w)
+    device = comm.world.device
     sent = 0
-    for per_optimizer in zip(*states, strict=True):
-        entries: dict[tuple[int, str], list[Tensor]] = {}
-        for state in per_optimizer:
-            for parameter, values in state.items():
-                for key, value in values.items() if isinstance(values, dict) else ():
-                    if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):
-                        entries.setdefault((id(parameter), key), []).append(value)
-        for held in entries.values():
-            mean = mean_of(held)
-            for tensor in held:
-                tensor.copy_(mean)
-            sent += held[0].nbytes
+    for group in dict.fromkeys(map(tuple, holders.values())):
+        names = [n for n, having in holders.items() if tuple(having) == group]
+        kind = {n: held[group[0]][n] for n in names}
+        like = {n: torch.empty(shape, dtype=dtype, device=device) for n, (shape, dtype) in kind.items()}
+        means = comm.mean(names, entries.__getitem__, group, what=None, like=like)
+        for w in [w for w in group if w in entries]:
+            for n in names:
+                entries[w][n].copy_(means[n])
+        sent += sum(t.nbytes for t in like.values())
     return sent
+
+
+def _averageable(optimizers: Sequence[Any], states: Sequence[OptimizerState], least: int) -> dict[str, Tensor]:
+    """optimizer/parameter/key → tensor, with parameters by their position in the optimizer."""
+    found: dict[str, Tensor] = {}
+    for o, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for position, parameter in enumerate(parameters):
+            values = state.get(parameter)
+            for key, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):
+                    found[f"{o}/{position}/{key}"] = value
+    return found
 
 
 def _has_modes(optimizer: Any) -> bool:

@@ -4,6 +4,7 @@ Owns the constructor, Lightning's Strategy hooks, and the life of an :class:`~li
 fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engine.py``).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,8 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import LayerSync, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -27,9 +27,10 @@ from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import loops
 from lightning_diloco._lightning.data import deal
 from lightning_diloco._lightning.io import atomic_by_default
+from lightning_diloco._lightning.process import ProcessStrategy, StartMethod
 from lightning_diloco._lightning.samplers import Dealing
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
-from lightning_diloco.arguments import check_bool, check_choice, check_count, outer_factory
+from lightning_diloco.arguments import check_bool, check_choice, check_count, check_processes, outer_factory
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
@@ -39,7 +40,7 @@ from lightning_diloco.randomness import run_seed, set_process_state
 from lightning_diloco.worker import copy_state, flatten_optimizers
 
 
-class DilocoStrategy(SingleDeviceStrategy):
+class DilocoStrategy(ProcessStrategy):
     """Trains N DiLoCo workers inside an ordinary ``Trainer.fit`` (arXiv 2311.08105).
 
     Think of DDP with ``world_size = num_nodes``, except that the workers synchronise every ``diloco_interval`` steps.
@@ -80,21 +81,22 @@ class DilocoStrategy(SingleDeviceStrategy):
         nonfinite: a worker whose Δ_i is not finite at a synchronisation of N > 1 workers: "raise", "skip" (the mean is
             over the others; the worker restarts from θ with fresh inner state) or "propagate".
         share_frozen: all workers use one copy of the parameters without ``requires_grad``.
-        reduction: order of summation. In one process it is always that of the workers, "ordered" ("auto" means that);
-            "all_reduce" is for several processes.
+        reduction: order of summation over several processes: "ordered" (that of the workers: results are bit-identical
+            for every layout of workers over processes), "all_reduce" (that of the back end, which may send less), or
+            "auto" (ordered on one machine, all_reduce across machines).
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's
             strategies.
-        process_group_backend, timeout, start_method: for several processes, which this version does not run yet; like
-            ``reduction="all_reduce"`` they are refused.
+        process_group_backend: torch.distributed's back end; None: gloo on CPUs, nccl on CUDA.
+        timeout: how long a process waits for another before it ends with an error; None: torch's default.
+        start_method: how ``Trainer(devices=)`` starts further processes: "popen" (the script once more), "spawn" or
+            "fork"; None: "popen", in a notebook "fork". Under ``torchrun`` and on SLURM processes are there already.
 
     Raises:
-        ValueError: an argument is out of its range, or the outer optimizer can't be built from its arguments.
-        MisconfigurationException: the Trainer asks for several processes or machines.
+        ValueError: an argument is out of its range, or the outer optimizer can't be built from its arguments; from the
+            Trainer: N workers and W processes where neither number is a multiple of the other.
     """
 
     strategy_name = "diloco"
-    _trainers_accelerator: Accelerator | None = None
-    _trainers_precision: Precision | None = None
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class DilocoStrategy(SingleDeviceStrategy):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = None,
-        start_method: Literal["popen", "spawn", "fork"] | None = None,
+        start_method: StartMethod | None = None,
     ) -> None:
         check_count("num_nodes", num_nodes, "simulated workers")
         check_count("diloco_interval", diloco_interval, "local steps between outer steps")
@@ -139,39 +141,36 @@ class DilocoStrategy(SingleDeviceStrategy):
             raise ValueError(
                 f"`algorithm` (={algorithm!r}) must be an instance of SyncAlgorithm, like Diloco(), or None."
             )
-        for name, value in (
-            ("reduction", None if reduction in ("auto", "ordered") else reduction),
-            ("process_group_backend", process_group_backend),
-            ("timeout", timeout),
-            ("start_method", start_method),
-        ):
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` (={value!r}) is about several processes, and this version runs all workers in one."
-                    " Leave it out."
-                )
-        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io)
-        self._accelerator, self._precision_plugin = accelerator, precision_plugin
+        check_processes(process_group_backend, timeout, start_method)
+        super().__init__(
+            num_nodes,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
         self._algorithm = algorithm or Diloco()
         self._outer_factory = outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
         has_outer = self._algorithm.outer_defaults is not None
         self._is_plain_run = num_nodes == 1 and has_outer and is_plain_average(trial_optimizer(self._outer_factory))
         self._callback = DilocoCallback()
-        self._num_workers = num_nodes
+        self._reduction = reduction
         self._interval = diloco_interval
         self._policies = Policies(eval_weights, buffers, inner_state, nonfinite, share_frozen)
         self._final_sync = final_sync
         self._partition = partition
-        self._machines = 1
-        self._parallel_devices: list[torch.device] = []
-        self.parallel_devices = parallel_devices or []
-        self.cluster_environment = cluster_environment
         self._engine: Engine | None = None
         self._trial = False  # LR finder and batch-size finder run the fit loop before the fit proper
         self._seed = 0
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the engine has taken it
         self._initial_state: Sequence[Any] | None = None
         self._dealing: Dealing | None = None
+        self._averaged = False  # whether the present backward pass has ended in a mean over the worker's team
+        self._only_returns = False
         self.project_keeps_gradients = False
 
     # ---------------------------------------------------------------------------------------- what users read
@@ -183,8 +182,8 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @property
     def local_workers(self) -> list[int]:
-        """Global ids of the workers hosted by this process."""
-        return list(range(self._num_workers))
+        """Global ids of the workers hosted by this process; known from ``setup`` on."""
+        return list(self.world.workers)
 
     @property
     def current_worker(self) -> int | None:
@@ -226,7 +225,7 @@ class DilocoStrategy(SingleDeviceStrategy):
 
         Raises:
             RuntimeError: before ``on_train_start``.
-            ValueError: there is no such worker.
+            ValueError: there is no such worker, or another process hosts it.
         """
         return self.engine.state_dict(self._checked_worker(worker))
 
@@ -253,74 +252,12 @@ class DilocoStrategy(SingleDeviceStrategy):
     def _checked_worker(self, worker: int) -> int:
         if isinstance(worker, bool) or not isinstance(worker, int) or not 0 <= worker < self._num_workers:
             raise ValueError(f"Worker {worker!r} doesn't exist: `num_nodes` is {self._num_workers}, ids start at 0.")
+        if worker not in self.world.workers:
+            raise ValueError(
+                f"Worker {worker} is hosted by process {self.world.host(worker)}; this is process {self.world.rank},"
+                f" which hosts {self.local_workers}. Ask there: `if {worker} in strategy.local_workers: ...`."
+            )
         return worker
-
-    # ---------------------------------------------------------------------------------------- topology
-
-    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
-    # from
-    # a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the other.
-
-    @property
-    @override
-    def accelerator(self) -> Accelerator | None:
-        return self._accelerator or self._trainers_accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Accelerator | None) -> None:
-        self._trainers_accelerator = accelerator
-
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        return self._precision_plugin or self._trainers_precision or Precision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._trainers_precision = precision_plugin
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines, as in all of Lightning, which sets this attribute; the simulated workers are ``num_workers``."""
-        return self._machines
-
-    @num_nodes.setter
-    def num_nodes(self, machines: int) -> None:
-        if machines != 1:
-            raise MisconfigurationException(
-                f"`Trainer(num_nodes={machines})` asks for several machines, and this version runs all workers in one"
-                " process. Use `Trainer(num_nodes=1)`; `DilocoStrategy(num_nodes=...)` is the number of workers."
-            )
-        self._machines = machines
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) > 1:
-            raise MisconfigurationException(
-                f"The Trainer has {len(devices)} devices, and this version of DilocoStrategy runs all workers on one."
-                " Use `Trainer(devices=1)`."
-            )
-        self._parallel_devices = devices
-        if devices:
-            self._root_device = devices[0]
-
-    @property
-    def _layer_sync(self) -> LayerSync | None:
-        """Where Lightning puts what ``Trainer(sync_batchnorm=True)`` asks for."""
-        return None
-
-    @_layer_sync.setter
-    def _layer_sync(self, layer_sync: LayerSync | None) -> None:
-        if layer_sync is not None and self._num_workers > 1:
-            raise MisconfigurationException(
-                "`Trainer(sync_batchnorm=True)` makes workers share each batch's statistics, and DiLoCo's workers meet"
-                " only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')` averages the"
-                " running statistics at each synchronisation."
-            )
 
     # ---------------------------------------------------------------------------------------- life of a fit
 
@@ -333,9 +270,35 @@ class DilocoStrategy(SingleDeviceStrategy):
         self._engine = None
         self._trial = True
         self._resumed = None
-        self._seed = run_seed()
         self._attach_callback()
-        loops.install(trainer, per_worker=any(c.per_worker for c in self._reporters))
+        loops.install(trainer)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._seed = self.world.first_decides(run_seed)
+            loops.prepare(trainer, per_worker=any(c.per_worker for c in self._reporters))
+
+    @property
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {
+            "num_nodes": self._num_workers,
+            "diloco_interval": self._interval,
+            "algorithm": type(self._algorithm).__qualname__,
+            "outer_optimizer_cls": type(trial_optimizer(self._outer_factory)).__qualname__,
+            "outer_optimizer_kwargs": repr(trial_optimizer(self._outer_factory).defaults),
+            "final_sync": self._final_sync,
+            "reduction": self._reduction,
+            **vars(self._policies),
+        }
+
+    @property
+    def _ordered(self) -> bool:
+        return self._reduction == "ordered" or (self._reduction == "auto" and self.num_nodes == 1)
 
     @property
     def _callbacks(self) -> list[Any]:
@@ -391,6 +354,7 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
+        super().barrier(*args, **kwargs)
         if args == ("run-stage",) and self._trial:  # the Trainer's word for: all is set up, the fit proper begins
             self._trial = False
             self._drop_engine()
@@ -418,6 +382,8 @@ class DilocoStrategy(SingleDeviceStrategy):
             scaler_owner=None if scaler is None else self.precision_plugin,  # type: ignore[arg-type]
             schedulers=() if module.automatic_optimization else [c.scheduler for c in self.lr_scheduler_configs],
             initial=self._initial_state,
+            world=self.world,
+            ordered=self._ordered,
         )
         if self._resumed is not None:
             self._engine.resume(self._resumed)
@@ -433,10 +399,48 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        def averaged() -> Any:
+            with self.gradients_in_team():
+                loss = closure()
+            if self.world.team > 1 and isinstance(loss, torch.Tensor) and needs_closure(optimizer):
+                loss = self.world.team_mean(loss)  # line searches must take the same decisions on all members
+            return loss
+
+        output = super().optimizer_step(optimizer, averaged, model, **kwargs)
         if self._engine is not None:
             self._engine.note_step()
         return output
+
+    @contextmanager
+    def gradients_in_team(self) -> Iterator[None]:
+        """Inside is one forward and backward pass, at whose end the gradients are means over the worker's team."""
+        self._averaged = False
+        yield
+        if not (self._averaged or self._only_returns):
+            self._average_gradients()  # no backward pass here (the loss was None), but perhaps on another member
+
+    @contextmanager
+    def gradients_are_means(self) -> Iterator[None]:
+        """Inside, closures only return what was computed before: there is nothing to average."""
+        self._only_returns = True
+        try:
+            yield
+        finally:
+            self._only_returns = False
+
+    @override
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
+        module = self.lightning_module
+        assert module is not None
+        if self.world.team > 1 and not (module.automatic_optimization and loops.accumulating(module.trainer)):
+            self._average_gradients()
+
+    def _average_gradients(self) -> None:
+        if self.world.team > 1:
+            assert self.lightning_module is not None
+            self.world.average_gradients(self.lightning_module.parameters())
+        self._averaged = True
 
     def deliver(self, reports: Sequence[OuterStepReport], after_training: bool = False) -> None:
         """Hands reports to the callbacks."""
@@ -477,8 +481,15 @@ class DilocoStrategy(SingleDeviceStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         complete = "optimizer_states" in checkpoint  # else a weights-only file
-        if complete and self._engine is not None and not self._is_plain_run:
-            state = self._engine.pack(self._seed)
+        if self._alone:
+            warnings.warn(
+                f"The checkpoint {filepath} is not written: an exception has stopped process {self.global_rank}, and"
+                " the state of the other processes' workers is out of reach. Resume from the last file before it.",
+                stacklevel=2,
+            )
+            return
+        state = self._engine.pack(self._seed) if complete and self._engine and not self._is_plain_run else None
+        if state is not None and self.is_global_zero:
             dealt = self._num_workers > 1 or self._partition is not None
             assert self.lightning_module is not None
             trainer = self.lightning_module.trainer
@@ -524,7 +535,7 @@ class DilocoStrategy(SingleDeviceStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        training = self._engine is not None and not self._engine.finished
+        training = self._engine is not None and not self._engine.finished and not self._alone
         return self.engine.state_dict() if training else super().lightning_module_state_dict()
 
     @override
@@ -548,10 +559,9 @@ class DilocoStrategy(SingleDeviceStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         self._dealing = Dealing(
-            num_workers=self._num_workers,
-            workers=self.local_workers,
+            world=self.world,
             seed=self._seed,
-            partition=self._partition,
+            partition=None if self._partition is None else self._partition_on_first,
             use_distributed_sampler=loops.uses_distributed_sampler(trainer),
             overfit=loops.overfits(trainer),
         )
@@ -560,10 +570,22 @@ class DilocoStrategy(SingleDeviceStrategy):
         finally:
             self._dealing = None
 
+    @property
+    @override
+    def deals_training_data(self) -> bool:
+        return self._dealing is not None and (self._num_workers > 1 or self._partition is not None)
+
+    def _partition_on_first(self, dataset: Any, num_workers: int) -> Sequence[Sequence[int]]:
+        assert self._partition is not None
+        partition = self._partition
+        parts: Sequence[Sequence[int]] = self.world.first_decides(lambda: partition(dataset, num_workers))
+        return parts
+
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        if self._dealing is None or (self._num_workers == 1 and self._partition is None):
+        if not self.deals_training_data:
             return dataloader
+        assert self._dealing is not None
         dealt = deal(dataloader, self._dealing)
         self._dealing = replace(self._dealing, loader=self._dealing.loader + 1)
         return dealt

@@ -15,6 +15,7 @@ from lightning_diloco import DilocoCallback, DilocoStrategy, OuterStepReport, Sy
 from lightning_diloco.algorithms import Diloco
 from lightning_diloco.comm import Comm
 from lightning_diloco.engine import Engine
+from lightning_diloco.world import World
 
 
 class PeriodicAveraging(SyncAlgorithm):
@@ -197,7 +198,7 @@ def test_only_some_parameters_can_move() -> None:
 
 
 def test_weighted_means_and_their_errors() -> None:
-    comm = Comm(range(3), lambda: 7)
+    comm = Comm(World(3), lambda: 7)
     tensors = [{"x": torch.tensor([float(10**w)])} for w in range(3)]
     assert comm.mean(["x"], tensors.__getitem__, weights=[1, 2, 1])["x"].item() == 30.25
     assert comm.mean(["x"], tensors.__getitem__, workers=[0, 2])["x"].item() == 50.5

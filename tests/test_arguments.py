@@ -163,7 +163,6 @@ class NoOuter(SyncAlgorithm):
 
 DEFAULTS = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 CHOICE = "`{0}` (='typo') must be one of {1}."
-NOT_YET = "`{0}` (={1!r}) is about several processes, and this version runs all workers in one. Leave it out."
 COUNT = "`{0}` (={1!r}) must be an integer ≥ 1: the number of {2}."
 WORKERS, STEPS = "simulated workers", "local steps between outer steps"
 CLASS = " must be a torch.optim.Optimizer class, or a callable that makes one from a list of parameters."
@@ -186,10 +185,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "`partition` (=[[0]]) must be a callable `(dataset, num_workers) -> list of index lists`, or None.",
     ),
     ({"algorithm": "diloco"}, "`algorithm` (='diloco') must be an instance of SyncAlgorithm, like Diloco(), or None."),
-    ({"reduction": "all_reduce"}, NOT_YET.format("reduction", "all_reduce")),
-    ({"process_group_backend": "gloo"}, NOT_YET.format("process_group_backend", "gloo")),
-    ({"timeout": timedelta(1)}, NOT_YET.format("timeout", timedelta(1))),
-    ({"start_method": "spawn"}, NOT_YET.format("start_method", "spawn")),
+    (
+        {"process_group_backend": 3},
+        "`process_group_backend` (=3) must be the name of a back end, like 'gloo', or None.",
+    ),
+    ({"timeout": 60}, "`timeout` (=60) must be a positive datetime.timedelta, or None."),
+    (
+        {"timeout": timedelta(0)},
+        "`timeout` (=datetime.timedelta(0)) must be a positive datetime.timedelta, or None.",
+    ),
+    ({"start_method": "typo"}, CHOICE.format("start_method", "'popen', 'spawn', 'fork'")),
     ({"outer_optimizer_cls": 3}, "`outer_optimizer_cls` (=3)" + CLASS),
     ({"outer_optimizer_cls": Net}, "`outer_optimizer_cls` (=Net)" + CLASS),
     ({"outer_optimizer_kwargs": [1]}, "`outer_optimizer_kwargs` (=[1]) must be a dict or None."),
@@ -238,22 +243,23 @@ def test_an_unknown_argument_is_refused_with_its_name() -> None:
         DilocoStrategy(num_node=4)  # type: ignore[call-arg]
 
 
-def test_several_processes_or_machines_are_refused_for_now() -> None:
-    for arguments, message in (
-        (
-            {"devices": 2},
-            "The Trainer has 2 devices, and this version of DilocoStrategy runs all workers on one. Use"
-            " `Trainer(devices=1)`.",
-        ),
-        (
-            {"num_nodes": 2},
-            "`Trainer(num_nodes=2)` asks for several machines, and this version runs all workers in one process. Use"
-            " `Trainer(num_nodes=1)`; `DilocoStrategy(num_nodes=...)` is the number of workers.",
-        ),
-    ):
-        with pytest.raises(MisconfigurationException) as caught:
-            trainer(DilocoStrategy(), **arguments)
-        assert str(caught.value) == message
+UNEVEN = [
+    (4, {"devices": 3}, "3 processes (`Trainer(devices=3, num_nodes=1)`)", "4 workers", 4, "2 or 4", 3),
+    (4, {"devices": 2, "num_nodes": 3}, "6 processes (`Trainer(devices=2, num_nodes=3)`)", "4 workers", 4, "4 or 8", 6),
+    (6, {"devices": 4}, "4 processes (`Trainer(devices=4, num_nodes=1)`)", "6 workers", 6, "3 or 6", 4),
+]
+
+
+@pytest.mark.parametrize(("workers", "asked", "processes", "given", "argument", "fits", "size"), UNEVEN)
+def test_processes_that_cannot_share_the_workers_evenly_are_refused_by_the_trainers_constructor(
+    workers: int, asked: dict[str, int], processes: str, given: str, argument: int, fits: str, size: int
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        trainer(DilocoStrategy(num_nodes=workers), **asked)
+    assert str(caught.value) == (
+        f"{processes} can't share {given} (`DilocoStrategy(num_nodes={argument})`) evenly: one number must be a"
+        f" multiple of the other. Start {fits} processes, or simulate {size} workers."
+    )
 
 
 def test_synchronised_batch_norm_is_refused_for_several_workers() -> None:

@@ -15,7 +15,8 @@ with ``partition=``                             its list of indices; shorter lis
 ==============================================  ================================================================
 
 Indices and batches that are dealt from a sampler are made divisible by N by repeating the first ones (unless
-``drop_last``), as ``DistributedSampler`` does.
+``drop_last``), as ``DistributedSampler`` does. Where a worker has k processes, N·k takes the place of N, and member j
+of worker i's team reads what is number j·N + i's.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -118,13 +119,13 @@ class _DealtDataLoader:
             self._dealt.sampler.skip = skip
             batches = super().__iter__()  # type: ignore[misc]
             return _grouped(batches, len(dealing.workers), range(len(dealing.workers)), dealing.workers)
-        groups = _grouped(super().__iter__(), dealing.num_workers, dealing.workers)  # type: ignore[misc]
+        groups = _grouped(super().__iter__(), dealing.shards, dealing.parts, dealing.workers)  # type: ignore[misc]
         return islice(groups, skip, None)
 
     def __len__(self) -> int:
         length: int = super().__len__()  # type: ignore[misc]
         dealing = self._dealt.dealing
-        return length // (dealing.num_workers if self._dealt.sampler is None else len(dealing.workers))
+        return length // (dealing.shards if self._dealt.sampler is None else len(dealing.workers))
 
     def state_dict(self) -> dict[str, int]:
         """Makes Lightning see a loader that can resume; the position itself comes from the training loop's progress."""
@@ -146,7 +147,8 @@ class _DealtIterable:
 
     def __iter__(self) -> Iterator[WorkerBatches]:
         skip, self._skip = self._skip, 0
-        return islice(_grouped(iter(self.loader), self._dealing.num_workers, self._dealing.workers), skip, None)
+        dealing = self._dealing
+        return islice(_grouped(iter(self.loader), dealing.shards, dealing.parts, dealing.workers), skip, None)
 
     def state_dict(self) -> dict[str, int]:
         """As a dealt DataLoader's."""
@@ -157,7 +159,7 @@ class _DealtIterable:
         self._skip = _position(self, state)
 
     def __len__(self) -> int:
-        return len(self.loader) // self._dealing.num_workers  # type: ignore[arg-type]
+        return len(self.loader) // self._dealing.shards  # type: ignore[arg-type]
 
 
 def _position(loader: Any, state: dict[str, int]) -> int:
@@ -168,10 +170,9 @@ def _position(loader: Any, state: dict[str, int]) -> int:
 
 
 def _grouped(
-    batches: Iterator[Any], size: int, picks: Sequence[int], workers: Sequence[int] | None = None
+    batches: Iterator[Any], size: int, picks: Sequence[int], workers: Sequence[int]
 ) -> Iterator[WorkerBatches]:
-    """Groups of ``size`` consecutive batches, of which those at ``picks`` go to ``workers`` (default: the same ids)."""
-    workers = picks if workers is None else workers
+    """Groups of ``size`` consecutive batches, of which those at ``picks`` go to ``workers``."""
     while group := list(islice(batches, size)):
         if len(group) < size:
             rank_zero_warn(LEFT_OVER.format(left=len(group), workers=size))

@@ -108,9 +108,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             return
         trainer, engine = self.trainer, _strategy_of(self.trainer).engine
         connector = trainer._logger_connector
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and trainer.world_size > 1:
-            self._broadcast_sigterm_tensor()
-
+        # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
         self.batch_progress.is_last_batch = data_fetcher.done
@@ -136,7 +134,11 @@ class DilocoEpochLoop(_TrainingEpochLoop):
                     outputs = self._run_workers(batches, batch_idx)
                 if not self.automatic_optimization._skip_backward:  # SWA's pass for BatchNorm statistics trains nothing
                     with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
+                        if not trainer.lightning_module.automatic_optimization:
+                            engine.share_buffers_in_team()  # as DDP does before every forward
                         _strategy_of(trainer).deliver(engine.end_step())
+                    if engine.world.stopping:
+                        trainer._signal_connector.received_sigterm = True
         self.batch_progress.increment_processed()
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
@@ -215,16 +217,18 @@ class DilocoEpochLoop(_TrainingEpochLoop):
 
     def _run_after_all_backwards(self, turns: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
         """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
-        engine, loop = _strategy_of(self.trainer).engine, self.automatic_optimization
+        strategy, loop = _strategy_of(self.trainer), self.automatic_optimization
+        engine = strategy.engine
         closures: dict[int, _Finished] = {}
         for w in self._each_worker(turns):
             with self._turn(w, turns[w].get("batch"), keep_gradients=True):
                 closure = loop._make_closure(turns[w], self.trainer.optimizers[0], batch_idx)
-                closures[w] = _Finished(closure())
+                with strategy.gradients_in_team():
+                    closures[w] = _Finished(closure())
                 closures[w].output = closure.consume_result().asdict()
         engine.before_inner_steps()
         for w in self._each_worker(turns):
-            with self._turn(w, turns[w].get("batch")):
+            with self._turn(w, turns[w].get("batch")), strategy.gradients_are_means():
                 loop._optimizer_step(batch_idx, closures[w])
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 
@@ -314,7 +318,6 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_TrainingEpochLoop, "_should_accumulate"): ("self",),
     (_TrainingEpochLoop, "_num_ready_batches_reached"): ("self",),
     (_TrainingEpochLoop, "_should_check_val_fx"): ("self", "data_fetcher"),
-    (_TrainingEpochLoop, "_broadcast_sigterm_tensor"): ("self",),
     (_EvaluationLoop, "run"): ("self", "args", "kwargs"),  # as its decorator shows them
     (_EvaluationLoop, "increment_progress_to_evaluation_end"): ("self",),
     (_AutomaticOptimization, "run"): ("self", "optimizer", "batch_idx", "kwargs"),
@@ -344,8 +347,8 @@ def verify() -> None:
             )
 
 
-def install(trainer: Trainer, per_worker: bool) -> None:
-    """Re-classes the loops of ``trainer`` for a fit; ``per_worker`` keeps logged values of each worker, too."""
+def install(trainer: Trainer) -> None:
+    """Re-classes the loops of ``trainer`` for a fit."""
     verify()
     for holder in _live_objects(trainer):
         cls = type(holder)
@@ -357,9 +360,13 @@ def install(trainer: Trainer, per_worker: bool) -> None:
                 " of its own. DilocoStrategy runs its workers inside Lightning's loops; remove the replacement."
             )
         holder.__class__ = _CLASSES[cls]
+
+
+def prepare(trainer: Trainer, per_worker: bool) -> None:
+    """Processes and workers are known; ``per_worker`` keeps logged values of each worker, too."""
     results = trainer.fit_loop.epoch_loop._results
     assert isinstance(results, WorkerResults)
-    results.prepare(_strategy_of(trainer).local_workers, per_worker)
+    results.prepare(_strategy_of(trainer).world, per_worker)
 
 
 def uninstall(trainer: Trainer) -> None:
@@ -416,6 +423,11 @@ def cycles_loaders(trainer: Trainer) -> bool:
     """Whether shorter training loaders start again when they end."""
     combined = trainer.fit_loop._combined_loader
     return combined is not None and combined._mode == "max_size_cycle"
+
+
+def accumulating(trainer: Trainer) -> bool:
+    """Whether the present batch only adds to the gradients; no public name says it."""
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
 def uses_distributed_sampler(trainer: Trainer) -> bool:

@@ -4,7 +4,7 @@ Owns folding the values of one step, and the optional per-worker copies. Epoch v
 accumulates them over all calls of ``self.log``, weighted by each worker's batch size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_diloco.world import World
 
 
 class WorkerResults(_ResultCollection):
@@ -23,13 +25,16 @@ class WorkerResults(_ResultCollection):
 
     _worker: int | None
     _step_values: dict[str, dict[int, Any]]
+    _world: World
+    _reduce: Callable[..., Any]
     _own: dict[int, _ResultCollection]
 
-    def prepare(self, workers: list[int], per_worker: bool) -> None:
+    def prepare(self, world: World, per_worker: bool) -> None:
         """Called once after re-classing; ``per_worker`` keeps a complete collection for each worker too."""
         self._worker = None
         self._step_values = {}
-        self._own = {w: _ResultCollection(training=True) for w in workers} if per_worker else {}
+        self._world = world
+        self._own = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
     def turn(self, worker: int, batch: Any) -> Iterator[None]:
@@ -46,6 +51,8 @@ class WorkerResults(_ResultCollection):
 
     @override
     def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if self._world.size > 1 and kwargs.get("sync_dist"):
+            self._reduce, kwargs["sync_dist_fn"] = kwargs["sync_dist_fn"], self._reduce_outside_turns
         super().log(fx, name, value, *args, **kwargs)
         if self._worker in self._own and isinstance(value, Tensor):
             self._own[self._worker].log(fx, name, value, *args, **kwargs)
@@ -57,10 +64,20 @@ class WorkerResults(_ResultCollection):
         if self._worker is not None and self[key].meta.on_step and isinstance(cache, Tensor):
             self._step_values.setdefault(key, {})[self._worker] = cache
 
+    def _reduce_outside_turns(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """``sync_dist=True``: step values wait for :meth:`fold`, so that all workers' are reduced in their order."""
+        return value if self._worker is not None else self._reduce(value, *args, **kwargs)
+
     def fold(self) -> None:
         """After the workers' turns: the step value of a key becomes its reduction over those who logged it."""
+        shared = {key: list(v.values()) for key, v in self._step_values.items() if self[key].meta.sync.should}
+        if shared and self._world.size > 1:
+            numbers = {key: [v.item() for v in values] for key, values in shared.items()}
+            everybody = self._world.meet("self.log(..., sync_dist=True)", numbers)
+            for key, (like, *_) in shared.items():
+                shared[key] = [torch.full_like(like, v) for theirs in everybody for v in theirs.get(key, [])]
         for key, by_worker in self._step_values.items():
-            metric, values = self[key], list(by_worker.values())
+            metric, values = self[key], shared.get(key, list(by_worker.values()))
             if len(values) > 1:
                 device = values[0].device
                 metric._forward_cache = _reduction(metric.meta)(torch.stack([v.to(device) for v in values]))

@@ -18,6 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from lightning_diloco.randomness import RandomStream, derive_seed
+from lightning_diloco.world import World
 
 Partition = Callable[[Any, int], Sequence[Sequence[int]]]
 
@@ -32,19 +33,33 @@ LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} w
 
 @dataclass(frozen=True)
 class Dealing:
-    """How to deal: N, the workers hosted here, the run's seed, and the user's wishes."""
+    """How to deal: to whom, the run's seed, and the user's wishes."""
 
-    num_workers: int
-    workers: Sequence[int]
+    world: World
     seed: int
     partition: Partition | None
     use_distributed_sampler: bool
     overfit: bool
     loader: int = 0  # which of the training loaders this is about: their samplers draw independently
 
+    @property
+    def workers(self) -> Sequence[int]:
+        """The workers hosted here."""
+        return self.world.workers
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the data is dealt: one per worker, or per process where a worker has several."""
+        return self.world.shards
+
+    @property
+    def parts(self) -> Sequence[int]:
+        """The parts of the workers hosted here."""
+        return [self.world.shard(w) for w in self.workers]
+
 
 class _Rounds(Protocol):
-    """One item per worker and round; an item is an index or a batch of indices."""
+    """One item per shard and round; an item is an index or a batch of indices."""
 
     def __iter__(self) -> Iterator[Sequence[Any]]: ...
     def __len__(self) -> int: ...
@@ -52,19 +67,19 @@ class _Rounds(Protocol):
 
 
 class _DealtRounds:
-    """Deals what ``base`` yields, item j to worker j mod N; its draws from torch's generator depend on (seed, epoch)
+    """Deals what ``base`` yields, item j to shard j mod n; its draws from torch's generator depend on (seed, epoch)
     only.
 
     Args:
         base: a sampler or batch sampler, drawn once per epoch.
-        num_workers: N.
+        shards: n.
         seed: the run's seed.
         wrap: complete the last round with the first items, else drop it.
     """
 
-    def __init__(self, base: Any, num_workers: int, seed: int, wrap: bool) -> None:
+    def __init__(self, base: Any, shards: int, seed: int, wrap: bool) -> None:
         self._base = base
-        self._n = num_workers
+        self._n = shards
         self._seed = seed
         self._wrap = wrap
         self._epoch = 0
@@ -96,29 +111,29 @@ class _DealtRounds:
 
 
 class _RankRounds:
-    """Every worker's own copy of a user's DistributedSampler for N replicas, each with the worker's rank.
+    """Every shard's own copy of a user's DistributedSampler for as many replicas, each with the shard as rank.
 
     Args:
         sampler: the user's.
-        num_workers: N.
+        shards: how many.
         batches: the user's own kind of batch sampler around it, copied too; None: items are indices.
 
     Raises:
         ValueError: the sampler was made for another number of replicas.
     """
 
-    def __init__(self, sampler: DistributedSampler[Any], num_workers: int, batches: Any = None) -> None:
-        if sampler.num_replicas != num_workers:
+    def __init__(self, sampler: DistributedSampler[Any], shards: int, batches: Any = None) -> None:
+        if sampler.num_replicas != shards:
             raise ValueError(
                 f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but there"
-                f" are {num_workers} workers. Use `num_replicas={num_workers}`, or leave the sampler out: every worker"
+                f" are {shards} workers. Use `num_replicas={shards}`, or leave the sampler out: every worker"
                 " gets its shard by itself."
             )
-        self._samplers = [copy.copy(sampler) for _ in range(num_workers)]
+        self._samplers = [copy.copy(sampler) for _ in range(shards)]
         for rank, own in enumerate(self._samplers):
             own.rank = rank
         self._items: list[Any] = (
-            [copy.copy(batches) for _ in range(num_workers)] if batches is not None else [*self._samplers]
+            [copy.copy(batches) for _ in range(shards)] if batches is not None else [*self._samplers]
         )
         for item, own in zip(self._items, self._samplers, strict=True):
             if batches is not None:
@@ -136,10 +151,14 @@ class _RankRounds:
 
 
 class _PartitionRounds:
-    """Every worker's own list, shuffled per epoch by (seed, epoch, worker) if asked, wrapped to the longest list."""
+    """Every worker's own list, shuffled per epoch by (seed, epoch, worker) if asked, wrapped to the longest list.
 
-    def __init__(self, parts: Sequence[Sequence[int]], seed: int, shuffle: bool) -> None:
+    The members of a worker's team take the entries of its list in turn.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[int]], seed: int, shuffle: bool, team: int = 1) -> None:
         self._parts = parts
+        self._team = team
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = 0
@@ -147,7 +166,7 @@ class _PartitionRounds:
     def __iter__(self) -> Iterator[Sequence[int]]:
         lists = [self._order(worker, part) for worker, part in enumerate(self._parts)]
         for r in range(len(self)):
-            yield [own[r % len(own)] for own in lists]
+            yield [own[(r * self._team + j) % len(own)] for j in range(self._team) for own in lists]
 
     def _order(self, worker: int, part: Sequence[int]) -> Sequence[int]:
         if not self._shuffle:
@@ -156,7 +175,7 @@ class _PartitionRounds:
         return [part[j] for j in torch.randperm(len(part), generator=generator).tolist()]
 
     def __len__(self) -> int:
-        return max(map(len, self._parts))
+        return math.ceil(max(map(len, self._parts)) / self._team)
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -167,14 +186,14 @@ class WorkerSampler(Sampler[Any]):
 
     Args:
         rounds: the items.
-        workers: the workers hosted here; only theirs are yielded.
+        shards: those of the workers hosted here; only theirs are yielded.
         batch_size: items per batch; None if an item is what the loader fetches at once.
         drop_last: drop a short last batch.
     """
 
-    def __init__(self, rounds: _Rounds, workers: Sequence[int], batch_size: int | None, drop_last: bool) -> None:
+    def __init__(self, rounds: _Rounds, shards: Sequence[int], batch_size: int | None, drop_last: bool) -> None:
         self._rounds = rounds
-        self._workers = workers
+        self._shards = shards
         self._batch_size = batch_size
         self._drop_last = drop_last
         self.skip = 0  # batches of each worker that the next iter() leaves out
@@ -189,16 +208,16 @@ class WorkerSampler(Sampler[Any]):
         rounds = islice(self._rounds, skip * (self._batch_size or 1), None)
         if self._batch_size is None:
             for items in rounds:
-                yield from (items[w] for w in self._workers)
+                yield from (items[s] for s in self._shards)
             return
         while batch := list(islice(rounds, self._batch_size)):
             if len(batch) < self._batch_size and self._drop_last:
                 return
-            yield from ([items[w] for items in batch] for w in self._workers)
+            yield from ([items[s] for items in batch] for s in self._shards)
 
     def __len__(self) -> int:
         rounds, size = len(self._rounds), self._batch_size or 1
-        return (rounds // size if self._drop_last else math.ceil(rounds / size)) * len(self._workers)
+        return (rounds // size if self._drop_last else math.ceil(rounds / size)) * len(self._shards)
 
     def set_epoch(self, epoch: int) -> None:
         self._rounds.set_epoch(epoch)
@@ -206,7 +225,7 @@ class WorkerSampler(Sampler[Any]):
 
 def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
     """The sampler (or batch sampler) that makes ``loader`` fetch the workers' batches in turn."""
-    n, seed, batches = dealing.num_workers, dealing.seed, loader.batch_sampler
+    n, seed, batches = dealing.shards, dealing.seed, loader.batch_sampler
     plain = batches is None or type(batches) is BatchSampler or _is_torchdatas(batches)
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
     shuffles = _shuffles(sampler)
@@ -218,27 +237,28 @@ def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
         if not (plain and default):
             custom = sampler if plain else batches
             raise ValueError(NO_PARTITION.format(what=f"the loader has a {type(custom).__name__} of its own"))
-        parts = _checked_partition(dealing.partition(loader.dataset, n), n, len(loader.dataset))  # type: ignore[arg-type]
-        rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit)
-        return WorkerSampler(rounds, dealing.workers, size, drop_last)
+        workers = dealing.world.num_workers
+        parts = _checked_partition(dealing.partition(loader.dataset, workers), workers, len(loader.dataset))  # type: ignore[arg-type]
+        rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit, team=dealing.world.team)
+        return WorkerSampler(rounds, dealing.parts, size, drop_last)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         if plain:
-            return WorkerSampler(_RankRounds(sampler, n), dealing.workers, size, drop_last)
-        return WorkerSampler(_RankRounds(sampler, n, batches), dealing.workers, None, False)
+            return WorkerSampler(_RankRounds(sampler, n), dealing.parts, size, drop_last)
+        return WorkerSampler(_RankRounds(sampler, n, batches), dealing.parts, None, False)
     stream = derive_seed(seed, "loader", dealing.loader)
     if not dealing.use_distributed_sampler:
         whole: Any = sampler if batches is None else batches
         left = 0 if sized_len(whole) is None else len(whole) % n
         if left:
             rank_zero_warn(LEFT_OVER.format(left=left, workers=n))
-        return WorkerSampler(_DealtRounds(whole, n, stream, wrap=False), dealing.workers, None, False)
+        return WorkerSampler(_DealtRounds(whole, n, stream, wrap=False), dealing.parts, None, False)
     if not plain:
-        return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), dealing.workers, None, False)
+        return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), dealing.parts, None, False)
     if default:
         sampler = DistributedSampler(loader.dataset, 1, 0, shuffle=not dealing.overfit, seed=seed)
     drops = isinstance(sampler, DistributedSampler) and sampler.drop_last
     rounds = _DealtRounds(sampler, n, stream, wrap=not drops)
-    return WorkerSampler(rounds, dealing.workers, size, drop_last)
+    return WorkerSampler(rounds, dealing.parts, size, drop_last)
 
 
 def _is_torchdatas(sampler: Any) -> bool:

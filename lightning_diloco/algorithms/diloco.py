@@ -40,7 +40,7 @@ class Diloco(SyncAlgorithm):
         ctx, outer, comm = self.ctx, self.ctx.outer, self.ctx.comm
         participants = ctx.begin_round()
         if outer.plain:
-            outer.assign(comm.mean(outer.names, ctx.replicas.tensors, participants))
+            outer.assign(comm.mean(outer.names, ctx.replicas.tensors, participants, what="weights"))
         else:
             outer.step(outer.names, comm.mean(outer.names, ctx.pseudo_gradient, participants))
         ctx.restart(ctx.workers, outer.names, outer.tensors)

@@ -1,0 +1,416 @@
+"""One process or many: everything that Lightning wants to know about processes, and nothing about DiLoCo.
+
+Owns the launcher, ranks and devices, torch's process group, what ``sync_dist`` and ``barrier`` do, whose evaluation
+data is whose, and the end of processes whose parent or sibling is gone. Does not own who hosts which worker
+(``world.py``).
+
+The base is Lightning's strategy for a single device, with the surface of its parallel strategies added: Lightning
+refuses ``torch.compile``d modules under other classes, refuses parallel strategies on any Mac with MPS, and counts
+subclasses of its DDP strategy as distributed even in one process. It looks for these attributes by name, which is its
+way of supporting foreign strategies.
+"""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.distributed import (
+    _all_gather_ddp_if_available,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector, _get_distributed_sampler
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_diloco.world import World, check_layout
+
+StartMethod = Literal["popen", "spawn", "fork"]
+
+
+class ProcessStrategy(SingleDeviceStrategy):
+    """Runs a Trainer in one process, or in W = devices · machines of them.
+
+    Args:
+        num_workers: N, which W must divide or be a multiple of.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's
+            strategies.
+        process_group_backend: torch.distributed's back end; None: by device (gloo for CPUs, nccl for CUDA).
+        timeout: how long a process waits for others; None: torch's default.
+        start_method: how further processes on this machine are started; None: "popen", in a notebook "fork".
+    """
+
+    _trainers_accelerator: Accelerator | None = None
+    _trainers_precision: Precision | None = None
+
+    def __init__(
+        self,
+        num_workers: int,
+        accelerator: Accelerator | None,
+        parallel_devices: list[torch.device] | None,
+        cluster_environment: ClusterEnvironment | None,
+        checkpoint_io: CheckpointIO | None,
+        precision_plugin: Precision | None,
+        process_group_backend: str | None,
+        timeout: timedelta | None,
+        start_method: StartMethod | None,
+    ) -> None:
+        # not SingleDeviceStrategy's, which makes ranks plain attributes
+        Strategy.__init__(self, accelerator=accelerator, checkpoint_io=checkpoint_io)
+        self._accelerator, self._precision_plugin = accelerator, precision_plugin
+        self._num_workers = num_workers
+        self._machines = 1
+        self._parallel_devices = parallel_devices or []
+        self._sync_layers: LayerSync | None = None
+        self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
+        self.cluster_environment = cluster_environment
+        self.world = World(num_workers)
+
+    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
+    # from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the
+    # other.
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        return self._accelerator or self._trainers_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        self._trainers_accelerator = accelerator
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin or self._trainers_precision or Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        self._trainers_precision = precision_plugin
+
+    # ---------------------------------------------------------------------------------------- who and where
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines, as in all of Lightning, which sets this attribute; the simulated workers are ``num_workers``."""
+        return self._machines
+
+    @num_nodes.setter
+    def num_nodes(self, machines: int) -> None:
+        self._machines = machines
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The devices of this machine, one per process; Lightning sets them."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        self._parallel_devices = devices
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this machine."""
+        return max(1, len(self._parallel_devices))
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several processes."""
+        return self.num_processes * self._machines > 1
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self._parallel_devices[self.local_rank] if self._parallel_devices else torch.device("cpu")
+
+    @property
+    def world_size(self) -> int:  # type: ignore[override]
+        return self.num_processes * self._machines
+
+    @property
+    def global_rank(self) -> int:  # type: ignore[override]
+        return self.cluster_environment.global_rank() if self.is_distributed and self.cluster_environment else 0
+
+    @property
+    def local_rank(self) -> int:  # type: ignore[override]
+        return self.cluster_environment.local_rank() if self.is_distributed and self.cluster_environment else 0
+
+    @property
+    def node_rank(self) -> int:
+        return self.cluster_environment.node_rank() if self.is_distributed and self.cluster_environment else 0
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
+
+    def set_world_ranks(self) -> None:
+        """Tells the cluster environment and Lightning's rank-zero decorators who this process is."""
+        if self.is_distributed and self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.world_size)
+            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @property
+    def _layer_sync(self) -> LayerSync | None:
+        """Where Lightning puts what ``Trainer(sync_batchnorm=True)`` asks for."""
+        return self._sync_layers
+
+    @_layer_sync.setter
+    def _layer_sync(self, layer_sync: LayerSync | None) -> None:
+        if layer_sync is not None and self._num_workers > 1:
+            raise MisconfigurationException(
+                "`Trainer(sync_batchnorm=True)` makes workers share each batch's statistics, and DiLoCo's workers meet"
+                " only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')` averages the"
+                " running statistics at each synchronisation."
+            )
+        self._sync_layers = layer_sync
+
+    # ---------------------------------------------------------------------------------------- starting and ending
+
+    @override
+    def _configure_launcher(self) -> None:
+        """The last word of a Trainer's constructor to its strategy: devices and machines are known."""
+        self._launcher = None
+        asked = f" (`Trainer(devices={self.num_processes}, num_nodes={self._machines})`)"
+        check_layout(self._num_workers, self.world_size, started_by=asked)
+        if not self.is_distributed:
+            return
+        assert self.cluster_environment is not None
+        method = self._start_method or ("fork" if _IS_INTERACTIVE else "popen")
+        if method == "popen":
+            self._launcher = _ScriptLauncher(self.cluster_environment, self.num_processes, self._machines)
+        else:
+            self._launcher = _MultiProcessingLauncher(self, start_method=method)  # type: ignore[arg-type]
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        if self.is_distributed:
+            for name, (_, ours) in _CONNECTORS.items():
+                getattr(model.trainer, name).__class__ = ours
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        size = self.world_size
+        if size == 1:
+            self.world = World(self._num_workers)
+            return
+        _watch_parent(self._launcher, self.cluster_environment)
+        if self._num_workers == 1:
+            reset_seed()  # as DDP does; several workers have random streams of their own
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        device = self.root_device
+        options: dict[str, Any] = {"device_id": device if device.type != "cpu" else None}
+        if self._timeout is not None:
+            options["timeout"] = self._timeout
+        backend = self._backend or _get_default_process_group_backend_for_device(device)
+        _init_dist_connection(self.cluster_environment, backend, **options)
+        if self.world.size != size:
+            self.world = World(self._num_workers, self.global_rank, size)
+            self.world.connect(self._timeout, self.settings)
+        self.world.stop_requested = self.world.stopping = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same on all processes."""
+        return {"num_nodes": self._num_workers}
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if self._sync_layers is not None and self.is_distributed and trainer.state.fn == TrainerFn.FITTING:
+            assert self.lightning_module is not None
+            self.model = self._sync_layers.apply(self.lightning_module)
+        super().setup(trainer)
+
+    @override
+    def model_to_device(self) -> None:
+        super().model_to_device()
+        if self.is_distributed:  # everybody starts from process 0's weights, as under DDP
+            assert self.model is not None
+            tensors = _shareable(self.model)
+            shapes = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+            self.world.agree("the set-up of the module", shapes)
+            self.world.share_first(tensors.values())
+
+    @override
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if module is not None and module._trainer is not None:
+            for name, (theirs, ours) in _CONNECTORS.items():
+                connector = getattr(module.trainer, name)
+                connector.__class__ = theirs if type(connector) is ours else type(connector)
+            if self._sync_layers is not None and self.is_distributed:
+                self._sync_layers.revert(module)
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+        super().teardown()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if isinstance(self._launcher, _ScriptLauncher) and not self.world.stopping:
+            self._launcher.end()
+
+    # ---------------------------------------------------------------------------------------- what users may call
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._alone:
+            with self.world.waiting(" ".join(["a barrier", *map(repr, args)])):
+                pass
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.world.size == 1 or self._alone:
+            return obj
+        objects = [obj]
+        with self.world.waiting("a broadcast"):
+            torch.distributed.broadcast_object_list(objects, src)
+        return objects[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", **_: Any) -> Any:
+        if self.world.size == 1 or not isinstance(tensor, Tensor):
+            return tensor
+        with self.world.waiting("a reduction (sync_dist=True does one)"):
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self.world.size == 1:
+            return decision
+        votes = self.reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
+        return bool(votes == self.world.size) if all else bool(votes)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        if self.world.size == 1:
+            return tensor
+        with self.world.waiting("all_gather"):
+            return _all_gather_ddp_if_available(tensor, group, sync_grads)
+
+    @property
+    def deals_training_data(self) -> bool:
+        """Whether the loader that is being set up is dealt to workers."""
+        return False
+
+    @property
+    def _alone(self) -> bool:
+        """Whether an exception ends this process while the others may be anywhere."""
+        module = self.lightning_module
+        interrupted = module is not None and module._trainer is not None and module.trainer.interrupted
+        return interrupted and self.world.size > 1 and not self.world.stopping
+
+
+class _ScriptLauncher(_SubprocessScriptLauncher):
+    """Starts this script once more for each further device; private because the launchers have no public names."""
+
+    @override
+    def _call_children_scripts(self) -> None:
+        os.environ[_PARENT] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[_PARENT]
+
+    def end(self) -> None:
+        """The processes this one has started would wait for it in vain."""
+        for process in self.procs:
+            process.kill()
+            process.wait()
+        self.procs.clear()  # Lightning's observer of this list would kill this process, too
+
+
+class DilocoSignalConnector(_SignalConnector):
+    """What SIGTERM does where several processes train.
+
+    Lightning's handler broadcasts in the middle of whatever the processes are doing, and its loop broadcasts before
+    every batch to receive that. Here the signal waits for the next synchronisation, where all learn of it and stop
+    after the same step, so that a checkpoint can still be written.
+    """
+
+    @override
+    def _sigterm_notifier_fn(self, signum: Any, frame: Any) -> None:
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ProcessStrategy)
+        if not strategy.world.stop_requested and strategy.launcher is not None:
+            strategy.launcher.kill(signum)
+        strategy.world.stop_requested = True
+        self.received_sigterm = self.received_sigterm or not self.trainer.training
+
+
+class DilocoDataConnector(_DataConnector):
+    """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
+
+    @override
+    def _requires_distributed_sampler(self, dataloader: DataLoader[Any]) -> bool:
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ProcessStrategy)
+        return not strategy.deals_training_data and super()._requires_distributed_sampler(dataloader)
+
+    @override
+    def _resolve_sampler(self, dataloader: DataLoader[Any], shuffle: bool, mode: Any = None) -> Any:
+        if not self._requires_distributed_sampler(dataloader):
+            return dataloader.sampler
+        return _get_distributed_sampler(
+            dataloader,
+            shuffle,
+            mode=mode,
+            overfit_batches=self.trainer.overfit_batches,  # type: ignore[attr-defined]
+            num_replicas=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+        )
+
+
+_CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → its class, and ours
+    "_signal_connector": (_SignalConnector, DilocoSignalConnector),
+    "_data_connector": (_DataConnector, DilocoDataConnector),
+}
+
+_PARENT = "LIGHTNING_DILOCO_PARENT"  # environment variable: who started this process
+
+
+def _watch_parent(launcher: Any, environment: Any) -> None:
+    """Ends this process when the one that started it is gone: the next exchange, which would fail, may be far away."""
+    parent = int(os.environ.pop(_PARENT, 0))
+    if isinstance(launcher, _MultiProcessingLauncher) or isinstance(environment, TorchElasticEnvironment):
+        parent = os.getppid()
+    if not parent or os.name == "nt":  # a process of the user's own, or a system that doesn't tell
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        print(f"lightning_diloco: process {os.getpid()} ends because its parent {parent} is gone.", file=sys.stderr)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lightning_diloco parent watch", daemon=True).start()
+
+
+def _shareable(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that can be sent; lazy ones have no values yet."""
+    lazy = torch.nn.parameter.is_lazy
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: t.detach() for name, t in named if not lazy(t)}

@@ -1,0 +1,256 @@
+"""The processes that share the workers, this one's place among them, and the ways in which they talk.
+
+Owns the layout (who hosts which worker) and every call of ``torch.distributed`` but the exchange of tensors between
+workers, which is ``comm.py``'s. Does not start processes (``_lightning/process.py``). Imports nothing of Lightning.
+
+With W processes and N workers either W divides N, and each process hosts N/W workers, or N divides W, and each worker
+is a team of k = W/N processes that average their gradients. Process r hosts the workers from ⌊r/k⌋·N/W on (k = 1), or
+is number r mod k of worker ⌊r/k⌋'s team: a worker's team is contiguous, so that it shares a machine if it can.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class World:
+    """W processes for N workers.
+
+    Args:
+        num_workers: N ≥ 1.
+        rank: this process, 0 ≤ rank < size.
+        size: W ≥ 1; divides N, or N divides it.
+
+    Attributes:
+        workers: global ids of the workers hosted here, ascending.
+        team: number of processes per worker k (1 unless W > N).
+        member: this process's number in its worker's team, from 0.
+        device: where this process computes.
+        stop_requested: this process was told to end (SIGTERM); shared with the others at the next synchronisation.
+        stopping: some process was told to end, and all know it.
+    """
+
+    def __init__(self, num_workers: int, rank: int = 0, size: int = 1) -> None:
+        check_layout(num_workers, size)
+        self.num_workers, self.rank, self.size = num_workers, rank, size
+        self.team = max(1, size // num_workers)
+        self.member = rank % self.team
+        self._hosted = max(1, num_workers // size)
+        first = rank // self.team * self._hosted
+        self.workers = list(range(first, first + self._hosted))
+        self.stop_requested = self.stopping = False
+        self.device = torch.device("cpu")
+        self._timeout: timedelta | None = None
+        self._control: Any = None
+        self._team_group: Any = None
+
+    # ---------------------------------------------------------------------------------------- who hosts what
+
+    def host(self, worker: int, member: int = 0) -> int:
+        """The process that hosts ``worker`` (the given member of its team)."""
+        return worker // self._hosted * self.team + member
+
+    def hosted_by(self, rank: int) -> list[int]:
+        """The workers of process ``rank``."""
+        return World(self.num_workers, rank, self.size).workers
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the data is dealt: N·k."""
+        return self.num_workers * self.team
+
+    def shard(self, worker: int) -> int:
+        """Which part of the data this process reads for ``worker``: member j of worker w's team reads j·N + w."""
+        return self.member * self.num_workers + worker
+
+    # ---------------------------------------------------------------------------------------- talking
+
+    def connect(self, timeout: timedelta | None, settings: dict[str, Any]) -> None:
+        """Opens this world's channels; torch's process group exists already. All processes call it together.
+
+        Args:
+            timeout: how long a process waits for the others; None: torch's default, half an hour.
+            settings: what must be the same on all processes.
+
+        Raises:
+            ValueError: the settings differ.
+        """
+        if self.size == 1 or self._control is not None:
+            return
+        self._timeout = timeout or dist.distributed_c10d.default_pg_timeout
+        self._control = dist.new_group(backend="gloo", timeout=self._timeout)
+        self.agree("the start", settings)
+        if self.team > 1:
+            for worker in range(self.num_workers):
+                group = dist.new_group([self.host(worker, j) for j in range(self.team)], timeout=self._timeout)
+                self._team_group = group if worker in self.workers else self._team_group
+
+    def meet(self, where: str, value: Any = None) -> list[Any]:
+        """Waits until all processes are here; returns every process's ``value``, by rank.
+
+        Args:
+            where: the place in the run, in words that complete "is at …"; must be the same for all.
+            value: anything picklable and small.
+
+        Raises:
+            RuntimeError: a process did not come within the timeout, or came from another place.
+        """
+        if self.size == 1:
+            return [value]
+        seen: list[Any] = [None] * self.size
+        with self.waiting(where):
+            dist.all_gather_object(seen, (where, value), group=self._control)
+        if len({place for place, _ in seen}) > 1:
+            places = "; ".join(f"process {r} is at {place}" for r, (place, _) in enumerate(seen))
+            raise RuntimeError(
+                f"The processes are at different places: {places}. All must take the same steps; look for loaders of"
+                " different lengths, and for hooks that stop or validate on one process only."
+            )
+        return [value for _, value in seen]
+
+    @contextmanager
+    def waiting(self, where: str) -> Iterator[None]:
+        """Inside, all processes talk; beforehand each waits until all are there, so that a missing one can be named."""
+        if self.size == 1:
+            yield
+            return
+        try:
+            dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Process {self.rank} of {self.size} waited for the others at {where}, in vain: one has ended or hangs"
+                f" (at most `timeout` = {self._timeout} was waited). Its own output tells why. {error}"
+            ) from error
+
+    def agree(self, where: str, value: dict[str, Any]) -> None:
+        """Checks that all processes were given the same.
+
+        Raises:
+            ValueError: names the entry, the process and both values.
+        """
+        everybody = self.meet(where, value)
+        for rank, theirs in enumerate(everybody):
+            for key in everybody[0] | theirs:
+                if theirs.get(key) != everybody[0].get(key):
+                    raise ValueError(
+                        f"The processes were started with different settings: `{key}` is {everybody[0].get(key)!r} on"
+                        f" process 0 and {theirs.get(key)!r} on process {rank}. Start the same script with the same"
+                        " arguments everywhere."
+                    )
+
+    def first_decides(self, decide: Callable[[], Any]) -> Any:
+        """What ``decide`` returns on process 0; if it raises there, all raise."""
+        if self.size == 1:
+            return decide()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome = [decide(), None]
+            except Exception as error:
+                outcome = [None, error]
+        dist.broadcast_object_list(outcome, src=0, group=self._control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather_to_first(self, value: Any) -> list[Any]:
+        """Every process's ``value``, by rank, on process 0; an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self._control)
+        return gathered or []
+
+    # ---------------------------------------------------------------------------------------- inside a team
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """``p.grad`` becomes its mean over the worker's team; a missing one counts as zero unless all lack it.
+
+        Args:
+            parameters: the same on all members; those without ``requires_grad`` are left out.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        if self.team == 1:
+            return
+        held = [p for p in parameters if p.requires_grad]
+        for p in held:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(
+                    f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which a worker's {self.team}"
+                    " processes can't average. Use `sparse=False`, or at most as many processes as workers."
+                )
+        for key in dict.fromkeys((p.dtype, p.device) for p in held):
+            some = [p for p in held if (p.dtype, p.device) == key]
+            has = torch.tensor([p.grad is not None for p in some], dtype=_real(some[0]).dtype, device=key[1])
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+            tensors = [_real(t) for t in [*gradients, has]]
+            flat = torch.cat([t.reshape(-1) for t in tensors]).div_(self.team)
+            dist.all_reduce(flat, group=self._team_group)
+            *means, present = torch.split(flat, [t.numel() for t in tensors])
+            for p, gradient, mean, somewhere in zip(some, gradients, means, present.tolist(), strict=True):
+                if somewhere:
+                    p.grad = gradient
+                    _real(gradient).copy_(mean.view_as(_real(gradient)))
+
+    @torch.no_grad()
+    def team_mean(self, value: Tensor) -> Tensor:
+        """The mean over the worker's team, as a new tensor."""
+        mean = value.detach() / self.team
+        if self.team > 1:
+            dist.all_reduce(mean, group=self._team_group)
+        return mean
+
+    @torch.no_grad()
+    def share_in_team(self, tensors: Sequence[Tensor]) -> None:
+        """The team's first member's values become everybody's, in place, as DDP does with buffers."""
+        if self.team > 1:
+            for tensor in tensors:
+                source = tensor.contiguous()
+                dist.broadcast(_real(source), self.host(self.workers[0]), group=self._team_group)
+                if source is not tensor:
+                    tensor.copy_(source)
+
+    @torch.no_grad()
+    def share_first(self, tensors: Iterable[Tensor]) -> None:
+        """Process 0's values become everybody's, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                source = tensor.contiguous()
+                dist.broadcast(_real(source), 0)
+                if source is not tensor:
+                    tensor.copy_(source)
+
+
+def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
+    """Whether ``size`` processes can share ``num_workers`` workers evenly.
+
+    Args:
+        num_workers: N.
+        size: W.
+        started_by: what asked for W processes, for the message.
+
+    Raises:
+        ValueError: neither is a multiple of the other.
+    """
+    if size % num_workers and num_workers % size:
+        fits = [w for w in range(1, 2 * max(size, num_workers) + 1) if w % num_workers == 0 or num_workers % w == 0]
+        below, above = max(w for w in fits if w < size), min(w for w in fits if w > size)
+        raise ValueError(
+            f"{size} processes{started_by} can't share {num_workers} workers (`DilocoStrategy(num_nodes="
+            f"{num_workers})`) evenly: one number must be a multiple of the other. Start {below} or {above} processes,"
+            f" or simulate {size} workers."
+        )
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Complex tensors as pairs of real numbers, which every back end can send."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,146 @@
+"""Do the ways to start several processes start them, with the same result, and does none stay behind?"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from processes import free_port
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import os, sys, time
+from datetime import timedelta
+import lightning as L, torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_diloco import DilocoStrategy
+
+class Module(BoringModel):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if "fail" in sys.argv and self.trainer.global_step == 3 and self.trainer.global_rank == int(sys.argv[-1]):
+            raise ValueError("ill")
+        if "slow" in sys.argv:
+            open(f"pid{self.trainer.global_rank}", "w").write(str(os.getpid()))
+            time.sleep(1)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    L.seed_everything(1, verbose=False)
+    module = Module()
+    strategy = DilocoStrategy(
+        num_nodes=2, diloco_interval=100 if "slow" in sys.argv else 4, timeout=timedelta(seconds=60),
+        start_method=None if sys.argv[1] == "one" else sys.argv[1],
+    )
+    trainer = L.Trainer(
+        strategy=strategy, devices=1 if sys.argv[1] == "one" else 2, accelerator="cpu", max_steps=10, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )
+    try:
+        trainer.fit(module)
+    except ValueError as error:
+        print("caught", error, flush=True)
+        time.sleep(8)  # longer than Lightning's observer of child processes sleeps
+        open(f"survived {trainer.global_rank}", "w").write("")
+        sys.exit(3)
+    if trainer.is_global_zero:
+        torch.save(module.state_dict(), f"{sys.argv[1]}.pt")
+"""
+
+
+def command(folder: Path, *args: str) -> list[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    return [sys.executable, str(script), *args]
+
+
+def clean_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def call(folder: Path, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *args),
+        cwd=folder,
+        env=clean_environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+        **kwargs,
+    )
+
+
+def test_popen_spawn_and_fork_train_as_one_process_does(tmp_path: Path) -> None:
+    for method in ("one", "popen", "spawn", "fork"):
+        done = call(tmp_path, method)
+        assert done.returncode == 0, done.stderr
+    expected = torch.load(tmp_path / "one.pt", weights_only=True)
+    for method in ("popen", "spawn", "fork"):
+        state = torch.load(tmp_path / f"{method}.pt", weights_only=True)
+        assert all(torch.equal(state[key], value) for key, value in expected.items()), method
+
+
+def pids(folder: Path, limit: float = 60) -> list[psutil.Process]:
+    """The training processes, as soon as both train."""
+    deadline = time.monotonic() + limit
+    files = [folder / "pid0", folder / "pid1"]
+    while not all(f.exists() and f.read_text() for f in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return [psutil.Process(int(f.read_text())) for f in files]
+
+
+@pytest.mark.parametrize(("method", "victim"), [("popen", 0), ("popen", 1), ("fork", 0), ("fork", None)])
+def test_none_stays_behind_when_one_is_killed(method: str, victim: int | None, tmp_path: Path) -> None:
+    """In mid-round; None: the process that started the others and trains nothing itself."""
+    parent = subprocess.Popen(command(tmp_path, method, "slow"), cwd=tmp_path, env=clean_environment())
+    processes = pids(tmp_path)
+    os.kill(parent.pid if victim is None else processes[victim].pid, signal.SIGKILL)
+    assert parent.wait(20) != 0
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_script_that_catches_its_own_error_goes_on_and_leaves_none_behind(rank: int, tmp_path: Path) -> None:
+    done = call(tmp_path, "popen", "fail", str(rank))
+    assert "ValueError: ill" in done.stderr or "caught ill" in done.stdout
+    assert [p.name for p in tmp_path.glob("survived*")] == [f"survived {rank}"]
+    assert done.returncode == (3 if rank == 0 else -signal.SIGKILL)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
+def test_two_machines_train_the_byte_gpt(tmp_path: Path) -> None:
+    port = free_port()
+    tiny = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--megabytes", "0.3", "--steps", "40"]
+    tiny += ["--interval", "10", "--logdir", str(tmp_path / "runs"), "--workers", "2"]
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1",
+             "--master-addr=127.0.0.1", f"--master-port={port}", str(ROOT / "examples" / "byte_gpt.py"),
+             "--machines", "2", *tiny],
+            cwd=tmp_path, env=clean_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [m.communicate(timeout=200) for m in machines]
+    assert [m.returncode for m in machines] == [0, 0], outputs
+    one = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "byte_gpt.py"), *tiny],
+        cwd=tmp_path, env=clean_environment(), text=True, capture_output=True, timeout=200, check=True,
+    )  # fmt: skip
+
+    def results(text: str) -> dict[str, float]:
+        rows = [line.split() for line in text.splitlines() if len(line.split()) == 2]
+        return {name: float(value.replace(",", "")) for name, value in rows if name != "seconds"}
+
+    assert outputs[1][0] == ""
+    assert results(outputs[0][0]).keys() == {"parameters", "val_loss", "bits_per_byte", "bytes_sent_per_worker"}
+    assert results(outputs[0][0]) == pytest.approx(results(one.stdout), rel=1e-3)
+    assert results(one.stdout)["val_loss"] < 5.0  # ln 256 = 5.55 at the start

@@ -1,0 +1,358 @@
+"""Is a run the same however its workers are dealt over processes?"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import Net, loader, regression_data, trainer
+from processes import run
+from torch import nn
+
+from lightning_diloco import DilocoCallback, DilocoStrategy
+
+LAYOUTS = [1, 2, 4]
+
+
+class Project(Net):
+    """Dropout, BatchNorm, a frozen layer that a hook moves, per-step and per-epoch logging, validation."""
+
+    def __init__(self, optimizer: Any = None, batch_norm: bool = True, dropout: float = 0.2) -> None:
+        super().__init__(optimizer, batch_norm, dropout)
+        self.slow = nn.Linear(2, 2).requires_grad_(False)
+        with torch.no_grad():
+            self.slow.weight.fill_(0.5)
+            self.slow.bias.fill_(0.5)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.slow.weight.data.add_(self.net[0].weight.data[:2, :2], alpha=0.1)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("largest", loss, on_step=True, on_epoch=False, reduce_fx="max", sync_dist=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+
+class Watch(DilocoCallback):
+    """Every metric that callbacks see after every step, and every report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float]] = []
+        self.reports: list[Any] = []
+
+    def on_train_batch_end(self, trainer, *_):
+        names = ("loss_step", "largest")
+        self.steps.append({k: trainer.callback_metrics[k].item() for k in names})
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.epochs.append({k: trainer.callback_metrics[k].item() for k in ("val_loss",)})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append({k: v.item() for k, v in trainer.callback_metrics.items() if k == "loss_epoch"})
+
+    def on_outer_step(self, trainer, pl_module, report):
+        self.reports.append(report)
+
+
+def train(
+    folder: Path,
+    devices: int,
+    machines: int = 1,
+    make: Any = Project,
+    resume: Path | None = None,
+    samples: int = 72,
+    batch: int = 4,
+    data: Any = None,
+    strategy: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Everything that a run leaves behind on this rank."""
+    L.seed_everything(5, verbose=False)
+    module, watch = make(), Watch()
+    diloco = DilocoStrategy(**{"num_nodes": 4, "diloco_interval": 4, **(strategy or {})})
+    t = trainer(
+        diloco,
+        devices=devices,
+        num_nodes=machines,
+        callbacks=[watch],
+        **{"max_epochs": 3, "val_check_interval": 3, "default_root_dir": folder, **kwargs},
+    )
+    dtype = torch.float64 if kwargs.get("precision") == "64-true" else torch.float32
+    train_data = loader(data or regression_data(samples, dtype=dtype), batch, shuffle=True)
+    t.fit(module, train_data, loader(regression_data(40, seed=9, dtype=dtype), 2, shuffle=False), ckpt_path=resume)
+    t.save_checkpoint(folder / "end.ckpt")
+    inner = diloco.engine.context.inner.workers
+    return {
+        "workers": {w: diloco.worker_state_dict(w) for w in diloco.local_workers},
+        "inner": {w: [list(s.values()) for s in inner[w].states] for w in diloco.local_workers},
+        "theta": diloco.outer_state_dict(),
+        "outer": diloco.outer_optimizer.state_dict(),
+        "module": {k: v.clone() for k, v in module.state_dict().items()},
+        "steps": watch.steps,
+        "epochs": watch.epochs,
+        "reports": watch.reports,
+        "bytes": diloco.ledger.total_bytes,
+        "done": (t.global_step, diloco.local_steps, diloco.outer_steps, t.world_size),
+    }
+
+
+def joined(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result from those of all ranks, which must agree in what all have."""
+    whole = dict(ranks[0])
+    for other in ranks[1:]:
+        for key in ("theta", "outer", "module", "steps", "bytes"):
+            assert_equal(other[key], ranks[0][key])
+    for key in ("workers", "inner"):
+        whole[key] = {w: state for rank in ranks for w, state in rank[key].items()}
+    return whole
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, whatever is inside."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{where}: {a} != {b}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, f"{where}: {a} != {b}"
+
+
+def layout(folder: Path, size: int, **kwargs: Any) -> dict[str, Any]:
+    out = folder / f"{size} processes"
+    out.mkdir()
+    return joined(run(lambda: train(out, size, **kwargs), size, out=out / "results"))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "first, reset": {"strategy": {"buffers": "first", "inner_state": "reset", "eval_weights": "worker"}},
+    "local, average": {"strategy": {"buffers": "local", "inner_state": "average", "eval_weights": "outer"}},
+    "accumulation, clipping": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+    "bf16": {"precision": "bf16-true"},
+    "plain average, H = 1": {"strategy": {"diloco_interval": 1, "outer_optimizer_kwargs": {"lr": 1.0}}},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_layout_gives_the_same_bits(setting: str, tmp_path: Path) -> None:
+    one, two, four = (layout(tmp_path, size, **SETTINGS[setting]) for size in LAYOUTS)
+    assert one["done"][:3] == two["done"][:3] == four["done"][:3]
+    for other in (two, four):
+        for key in ("workers", "inner", "theta", "outer", "module", "steps", "bytes"):
+            assert_equal(other[key], one[key], key)
+        for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-2 if setting == "bf16" else 1e-6)
+        for mine, theirs in zip(one["reports"], other["reports"], strict=True):
+            assert (mine.drift, mine.payload_bytes, mine.kind) == (theirs.drift, theirs.payload_bytes, theirs.kind)
+            assert mine.pseudo_gradient_norm == pytest.approx(theirs.pseudo_gradient_norm, rel=1e-12)
+            assert mine.cosine == pytest.approx(theirs.cosine, rel=1e-9, abs=1e-12)
+    files = [torch.load(tmp_path / f"{size} processes" / "end.ckpt", weights_only=True) for size in LAYOUTS]
+    for file in files:
+        file["loops"] = {}
+        del file["callbacks"]
+    assert_equal(files[1], files[0], "file")
+    assert_equal(files[2], files[0], "file")
+
+
+def test_all_reduce_agrees_after_one_round(tmp_path: Path) -> None:
+    """Its sums are in the back end's order."""
+    setting: dict[str, Any] = {"max_steps": 4, "strategy": {"reduction": "all_reduce"}}
+    one, two, four = (layout(tmp_path, size, **setting) for size in LAYOUTS)
+    for other in (two, four):
+        for key, value in other["theta"].items():
+            torch.testing.assert_close(value, one["theta"][key], rtol=1e-6, atol=1e-7)
+        assert other["bytes"] == one["bytes"]
+        assert [r.drift for r in other["reports"]] == [r.drift for r in one["reports"]]
+        norms = [[r.pseudo_gradient_norm for r in result["reports"]] for result in (one, other)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+        assert [r.cosine for r in other["reports"]] == [None]  # nobody sees another's Δ
+
+
+def test_auto_is_ordered_on_one_machine_and_all_reduces_across_machines(tmp_path: Path) -> None:
+    def ordered(machines: int) -> tuple[bool, tuple[int, ...]]:
+        strategy = DilocoStrategy(num_nodes=2)
+        t = trainer(strategy, devices=2 // machines, num_nodes=machines, max_steps=1, default_root_dir=tmp_path)
+        t.fit(Project(), loader())
+        comm = strategy.engine.context.comm
+        return comm.ordered, (strategy.num_nodes, t.num_nodes, t.world_size, t.node_rank, t.local_rank, t.global_rank)
+
+    assert run(ordered, 2, 1, out=tmp_path / "1") == [(True, (1, 1, 2, 0, 0, 0)), (True, (1, 1, 2, 0, 1, 1))]
+    assert run(ordered, 2, 2, out=tmp_path / "2", machines=2) == [
+        (False, (2, 2, 2, 0, 0, 0)),
+        (False, (2, 2, 2, 1, 0, 1)),
+    ]
+
+
+# -------------------------------------------------------------------------------------------- teams
+
+
+def smooth(optimizer: Any = None) -> Project:
+    """Without what depends on a batch's size or on random numbers."""
+    return Project(optimizer, batch_norm=False, dropout=0.0)
+
+
+TEAMS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "accumulation": {"accumulate_grad_batches": 2},
+    "clipping": {"gradient_clip_val": 0.05},
+    "average": {"strategy": {"inner_state": "average"}},
+    "LBFGS": {"make": lambda: smooth(lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe")), "max_steps": 2},
+}
+
+
+@pytest.mark.parametrize("setting", TEAMS)
+def test_teams_of_processes_are_workers_with_larger_batches(setting: str, tmp_path: Path) -> None:
+    """'four processes on two workers with B each see what two workers with 2B see'"""
+    common = {"make": smooth, "precision": "64-true", "samples": 80, **TEAMS[setting]}
+    common["strategy"] = {"num_nodes": 2, "diloco_interval": 3, **common.get("strategy", {})}
+    two = layout(tmp_path, 1, batch=8, **common)
+    four = layout(tmp_path, 4, batch=4, **common)
+    assert four["done"][:3] == two["done"][:3]
+    assert four["workers"].keys() == two["workers"].keys() == {0, 1}
+    tolerance = 1e-7 if setting == "LBFGS" else 1e-12  # its line searches amplify every rounding
+    for worker, state in two["workers"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(four["workers"][worker][key], value, rtol=0, atol=tolerance)
+    for mine, theirs in zip(two["steps"], four["steps"], strict=True):
+        assert mine["loss_step"] == pytest.approx(theirs["loss_step"], rel=tolerance)
+    assert four["bytes"] == two["bytes"]
+
+
+class Plain(Net):
+    """BatchNorm and dropout; no metrics that several processes would have to share."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__(dropout=0.2)
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            if batch_idx % 2:
+                optimizer = self.optimizers()
+                self.clip_gradients(optimizer, 0.1, "norm")
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+
+class OwnStep(Plain):
+    """Calls the closure itself, which Lightning allows."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer_closure()
+        optimizer.optimizer.step()
+
+
+DDP: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "accumulation, clipping": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
+    "manual": {"manual": True},
+    "its own optimizer_step": {"cls": OwnStep},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("setting", DDP)
+def test_one_worker_of_two_processes_is_lightnings_ddp(setting: str, seeded: bool, tmp_path: Path) -> None:
+    def fit(strategy: Any) -> Any:
+        options = dict(DDP[setting])
+        if seeded:
+            L.seed_everything(5, verbose=False)
+        module = options.pop("cls", Plain)(manual=options.pop("manual", False))
+        seen: list[Any] = []
+
+        class Look(L.Callback):
+            def on_train_batch_end(self, trainer, *_):
+                seen.append(trainer.callback_metrics["loss_step"].item())
+
+            def on_validation_end(self, trainer, *_):
+                if trainer.lightning_module.automatic_optimization:  # else DDP leaves each process its own buffers
+                    seen.append(trainer.callback_metrics["val_loss"].item())
+
+        t = trainer(strategy(), devices=2, max_epochs=2, callbacks=[Look()], default_root_dir=tmp_path, **options)
+        t.fit(module, loader(regression_data(70)), loader(regression_data(30), shuffle=False))
+        return {k: v.clone() for k, v in module.state_dict().items()}, t.optimizers[0].state_dict(), seen, t.global_step
+
+    def diloco() -> Any:
+        return DilocoStrategy(num_nodes=1, diloco_interval=3, outer_optimizer_kwargs={"lr": 1.0})
+
+    theirs = run(fit, 2, lambda: "ddp", out=tmp_path / "ddp")
+    ours = run(fit, 2, diloco, out=tmp_path / "diloco")
+    buffers = [k for k in theirs[0][0] if "running" in k or "tracked" in k]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_equal(
+            {k: v for k, v in mine[0].items() if k not in buffers},
+            {k: v for k, v in other[0].items() if k not in buffers},
+        )
+        assert_equal(mine[1:], other[1:])
+    if setting != "manual":
+        assert_equal(ours[0][0], theirs[0][0])  # DDP shares buffers before the next forward: the first process's hold
+    assert_equal(ours[1][0], ours[0][0])
+
+
+# -------------------------------------------------------------------------------------------- checkpoints
+
+
+class Save(L.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [4, 6, 11])
+def test_a_file_of_any_layout_resumes_on_any_other(step: int, tmp_path: Path) -> None:
+    """On a synchronisation, in mid-round, and at an epoch's end in mid-round."""
+    torch.manual_seed(0)
+    whole = layout(tmp_path, 1)
+
+    def interrupted(size: int, path: Path) -> None:
+        L.seed_everything(5, verbose=False)
+        t = trainer(
+            DilocoStrategy(num_nodes=4, diloco_interval=4),
+            devices=size,
+            max_steps=step,
+            callbacks=[Save(step, path)],
+            max_epochs=3,
+            val_check_interval=3,
+            default_root_dir=tmp_path,
+        )
+        t.fit(Project(), loader(regression_data(72), 4), loader(regression_data(40, seed=9), 2, shuffle=False))
+
+    def resumed(size: int, folder: Path, path: Path) -> dict[str, Any]:
+        return train(folder, size, resume=path)
+
+    for size in LAYOUTS:
+        path = tmp_path / f"{size}.ckpt"
+        run(interrupted, size, size, path, out=tmp_path / f"from{size}")
+    for source in LAYOUTS:
+        for target in LAYOUTS:
+            folder = tmp_path / f"{source} to {target}"
+            folder.mkdir()
+            result = joined(run(resumed, target, target, folder, tmp_path / f"{source}.ckpt", out=folder / "results"))
+            for key in ("workers", "inner", "theta", "outer", "module", "bytes"):
+                assert_equal(result[key], whole[key], f"{source} to {target}: {key}")
+            assert_equal(result["steps"], whole["steps"][step:], f"{source} to {target}")
