@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -106,3 +108,14 @@ def test_byte_gpt_holds_out_text_it_never_trains_on():
         assert torch.equal(piece, text[start : start + 17])
     assert starts[0] + 17 <= 47_500
     assert starts[2] + 17 <= 50_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes are counted where Linux counts them")
+def test_traffic_matches_the_closed_form_and_is_an_hth_of_ddps(tmp_path):
+    command = [sys.executable, EXAMPLES / "traffic.py", "--steps", "40", "--interval", "10"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=200, check=True)
+    rows = [line.split() for line in done.stdout.replace(",", "").splitlines()[1:3]]
+    for row, exchanges in zip(rows, (40, 4), strict=True):
+        assert int(row[-4]) == exchanges
+        assert int(row[-3]) == pytest.approx(int(row[-2]), rel=0.01)
+    assert float(rows[0][-1]) / float(rows[1][-1]) == pytest.approx(10, rel=0.02)

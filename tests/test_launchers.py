@@ -96,7 +96,7 @@ def pids(folder: Path, limit: float = 60) -> list[psutil.Process]:
     return [psutil.Process(int(f.read_text())) for f in files]
 
 
-@pytest.mark.parametrize(("method", "victim"), [("popen", 0), ("popen", 1), ("fork", 0), ("fork", None)])
+@pytest.mark.parametrize(("method", "victim"), [("popen", 0), ("popen", 1), ("fork", None)])
 def test_none_stays_behind_when_one_is_killed(method: str, victim: int | None, tmp_path: Path) -> None:
     """In mid-round; None: the process that started the others and trains nothing itself."""
     parent = subprocess.Popen(command(tmp_path, method, "slow"), cwd=tmp_path, env=clean_environment())
@@ -107,12 +107,11 @@ def test_none_stays_behind_when_one_is_killed(method: str, victim: int | None, t
     assert not alive
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_script_that_catches_its_own_error_goes_on_and_leaves_none_behind(rank: int, tmp_path: Path) -> None:
-    done = call(tmp_path, "popen", "fail", str(rank))
-    assert "ValueError: ill" in done.stderr or "caught ill" in done.stdout
-    assert [p.name for p in tmp_path.glob("survived*")] == [f"survived {rank}"]
-    assert done.returncode == (3 if rank == 0 else -signal.SIGKILL)
+def test_a_script_that_catches_its_own_error_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:
+    done = call(tmp_path, "popen", "fail", "0")
+    assert "caught ill" in done.stdout
+    assert [p.name for p in tmp_path.glob("survived*")] == ["survived 0"]
+    assert done.returncode == 3
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
