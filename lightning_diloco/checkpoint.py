@@ -254,7 +254,8 @@ def _pack_inner(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
 
 def _by_position(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
     position = {id(p): i for i, p in enumerate(_parameters_of(optimizer))}
-    return {position.get(id(key), key): values for key, values in state.items()}
+    entries = {position.get(id(key), key): values for key, values in state.items()}
+    return {key: values for key, values in entries.items() if values != {}}  # looking for an entry leaves an empty one
 
 
 def _unpack_inner(optimizer: Any, state: OptimizerState, saved: Mapping[Any, Any]) -> None:

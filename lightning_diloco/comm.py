@@ -148,7 +148,8 @@ class Comm:
         world, here = self.world, [w for w in participants if w in self.world.workers]
         total = len(participants) if weights is None else sum(weights)
         shares = {w: (1 if weights is None else weights[i]) / total for i, w in enumerate(participants)}
-        result = {n: _flat(like[n]).new_empty(_real(like[n]).shape, dtype=_accumulator(like[n].dtype)) for n in names}
+        real = {n: _real(like[n]) for n in names}
+        result = {n: _flat(t).new_empty(t.shape, dtype=_accumulator(t.dtype)) for n, t in real.items()}
         latest: dict[int, tuple[str, Tensor]] = {}  # Δ_i is computed when read: a tensor of many chunks only once
 
         def piece(worker: int, name: str, start: int, stop: int) -> Tensor:

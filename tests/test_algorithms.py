@@ -38,8 +38,8 @@ class DataParallel(SyncAlgorithm):
 
     def before_inner_step(self, tick: int) -> None:
         ctx = self.ctx
-        gradients = {w: ctx.gradients(w) for w in ctx.workers}
-        mean = ctx.comm.mean(gradients[0], gradients.__getitem__, what="gradients")
+        gradients = {w: ctx.gradients(w) for w in ctx.local_workers}
+        mean = ctx.comm.mean(ctx.names, gradients.__getitem__, what="gradients")
         for own in gradients.values():
             for name, gradient in own.items():
                 gradient.copy_(mean[name])
