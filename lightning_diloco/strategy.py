@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco import checkpoint as checkpoint_format
-from lightning_diloco._lightning import loops
+from lightning_diloco._lightning import loops, readings
 from lightning_diloco._lightning.data import deal
 from lightning_diloco._lightning.io import atomic_by_default
 from lightning_diloco._lightning.process import ProcessStrategy, StartMethod
@@ -169,8 +169,6 @@ class DilocoStrategy(ProcessStrategy):
         self._resumed: dict[str, Any] | None = None  # a checkpoint's state, until the engine has taken it
         self._initial_state: Sequence[Any] | None = None
         self._dealing: Dealing | None = None
-        self._averaged = False  # whether the present backward pass has ended in a mean over the worker's team
-        self._only_returns = False
         self.project_keeps_gradients = False
 
     # ---------------------------------------------------------------------------------------- what users read
@@ -399,48 +397,10 @@ class DilocoStrategy(ProcessStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        def averaged() -> Any:
-            with self.gradients_in_team():
-                loss = closure()
-            if self.world.team > 1 and isinstance(loss, torch.Tensor) and needs_closure(optimizer):
-                loss = self.world.team_mean(loss)  # line searches must take the same decisions on all members
-            return loss
-
-        output = super().optimizer_step(optimizer, averaged, model, **kwargs)
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._engine is not None:
             self._engine.note_step()
         return output
-
-    @contextmanager
-    def gradients_in_team(self) -> Iterator[None]:
-        """Inside is one forward and backward pass, at whose end the gradients are means over the worker's team."""
-        self._averaged = False
-        yield
-        if not (self._averaged or self._only_returns):
-            self._average_gradients()  # no backward pass here (the loss was None), but perhaps on another member
-
-    @contextmanager
-    def gradients_are_means(self) -> Iterator[None]:
-        """Inside, closures only return what was computed before: there is nothing to average."""
-        self._only_returns = True
-        try:
-            yield
-        finally:
-            self._only_returns = False
-
-    @override
-    def post_backward(self, closure_loss: torch.Tensor) -> None:
-        super().post_backward(closure_loss)
-        module = self.lightning_module
-        assert module is not None
-        if self.world.team > 1 and not (module.automatic_optimization and loops.accumulating(module.trainer)):
-            self._average_gradients()
-
-    def _average_gradients(self) -> None:
-        if self.world.team > 1:
-            assert self.lightning_module is not None
-            self.world.average_gradients(self.lightning_module.parameters())
-        self._averaged = True
 
     def deliver(self, reports: Sequence[OuterStepReport], after_training: bool = False) -> None:
         """Hands reports to the callbacks."""
@@ -448,7 +408,7 @@ class DilocoStrategy(ProcessStrategy):
         assert module is not None
         if self._trial:
             return
-        step = loops.logging_step(module.trainer, after_training)
+        step = readings.logging_step(module.trainer, after_training)
         for report in reports:
             for callback in self._reporters:
                 callback.report(module.trainer, module, report, step)
@@ -494,7 +454,7 @@ class DilocoStrategy(ProcessStrategy):
             assert self.lightning_module is not None
             trainer = self.lightning_module.trainer
             state["loader"] = (
-                loops.detach_loader_state(checkpoint["loops"], loops.cycles_loaders(trainer)) if dealt else None
+                readings.detach_loader_state(checkpoint["loops"], readings.cycles_loaders(trainer)) if dealt else None
             )
             checkpoint_format.drop_repeated(state, checkpoint["state_dict"])
             checkpoint["diloco"] = state
@@ -524,7 +484,7 @@ class DilocoStrategy(ProcessStrategy):
             checkpoint_format.check(state, self._num_workers, f"The checkpoint {checkpoint_path}")
             checkpoint_format.restore_repeated(state, checkpoint["state_dict"])
             if state["loader"] is not None:
-                loops.attach_loader_state(checkpoint["loops"], state["loader"])
+                readings.attach_loader_state(checkpoint["loops"], state["loader"])
             self._seed = state["seed"]
         return checkpoint
 
@@ -562,8 +522,8 @@ class DilocoStrategy(ProcessStrategy):
             world=self.world,
             seed=self._seed,
             partition=None if self._partition is None else self._partition_on_first,
-            use_distributed_sampler=loops.uses_distributed_sampler(trainer),
-            overfit=loops.overfits(trainer),
+            use_distributed_sampler=readings.uses_distributed_sampler(trainer),
+            overfit=readings.overfits(trainer),
         )
         try:
             yield

@@ -22,16 +22,21 @@ of worker i's team reads what is number j·N + i's.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector, _get_distributed_sampler
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
 from lightning_diloco._lightning.samplers import LEFT_OVER, NO_PARTITION, Dealing, WorkerSampler, worker_sampler
 from lightning_diloco.randomness import derive_seed
+
+if TYPE_CHECKING:
+    from lightning_diloco._lightning.process import ProcessStrategy
 
 
 class WorkerBatches:
@@ -178,3 +183,28 @@ def _grouped(
             rank_zero_warn(LEFT_OVER.format(left=len(group), workers=size))
             return
         yield WorkerBatches({w: group[p] for w, p in zip(workers, picks, strict=True)})
+
+
+# -------------------------------------------------------------------------------------------- what is not dealt
+
+
+class DilocoDataConnector(_DataConnector):
+    """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
+
+    @override
+    def _requires_distributed_sampler(self, dataloader: DataLoader[Any]) -> bool:
+        strategy: ProcessStrategy = self.trainer.strategy  # type: ignore[assignment]
+        return not strategy.deals_training_data and super()._requires_distributed_sampler(dataloader)
+
+    @override
+    def _resolve_sampler(self, dataloader: DataLoader[Any], shuffle: bool, mode: Any = None) -> Any:
+        if not self._requires_distributed_sampler(dataloader):
+            return dataloader.sampler
+        return _get_distributed_sampler(
+            dataloader,
+            shuffle,
+            mode=mode,
+            overfit_batches=self.trainer.overfit_batches,  # type: ignore[attr-defined]
+            num_replicas=self.trainer.world_size,
+            rank=self.trainer.global_rank,
+        )

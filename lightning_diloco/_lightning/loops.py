@@ -25,9 +25,12 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
@@ -331,6 +334,10 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_ResultCollection, "update_metrics"): ("self", "key", "value", "batch_size"),
     (_ResultCollection, "metrics"): ("self", "on_step"),
     (_ResultCollection, "reset"): ("self", "metrics", "fx"),
+    (_DataConnector, "_requires_distributed_sampler"): ("self", "dataloader"),
+    (_DataConnector, "_resolve_sampler"): ("self", "dataloader", "shuffle", "mode"),
+    (_SignalConnector, "_sigterm_notifier_fn"): ("self", "signum", "_"),
+    (_SubprocessScriptLauncher, "_call_children_scripts"): ("self",),
 }
 
 
@@ -387,57 +394,6 @@ def _live_objects(trainer: Trainer) -> list[Any]:
 
 
 # -------------------------------------------------------------------------------------------- small readings
-
-
-def logging_step(trainer: Trainer, after_training: bool = False) -> int:
-    """The step at which Lightning logs the present batch (after training: the last one); no public name says it."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(after_training)
-
-
-def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
-    """Takes the dealt loaders' entry out of ``checkpoint["loops"]``, since no other strategy could resume with it.
-
-    Returns:
-        The position in the data: epoch, batches of it that each worker has trained on, number of loaders.
-    """
-    fit = loops["fit_loop"]
-    states = fit["state_dict"].pop("combined_loader", [])
-    epoch, batches = fit["epoch_progress"]["current"]["processed"], fit["epoch_loop.batch_progress"]
-    consumed = batches["current"]["ready"]
-    if batches["is_last_batch"] and batches["current"]["completed"] < batches["current"]["processed"]:
-        epoch, consumed = epoch + 1, 0  # saved in the last on_train_batch_end: Lightning resumes with the next epoch
-    return {
-        "epoch": epoch,
-        "consumed": consumed,
-        "cycles": cycles,
-        "loaders": len(states),
-    }
-
-
-def attach_loader_state(loops: dict[str, Any], state: dict[str, Any]) -> None:
-    """Gives ``checkpoint["loops"]`` an entry for each dealt loader, as Lightning expects it."""
-    loops["fit_loop"]["state_dict"]["combined_loader"] = [state] * state["loaders"]
-
-
-def cycles_loaders(trainer: Trainer) -> bool:
-    """Whether shorter training loaders start again when they end."""
-    combined = trainer.fit_loop._combined_loader
-    return combined is not None and combined._mode == "max_size_cycle"
-
-
-def accumulating(trainer: Trainer) -> bool:
-    """Whether the present batch only adds to the gradients; no public name says it."""
-    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
-
-
-def uses_distributed_sampler(trainer: Trainer) -> bool:
-    """The user's ``Trainer(use_distributed_sampler=)``; no public attribute keeps it."""
-    return bool(trainer._accelerator_connector.use_distributed_sampler)
-
-
-def overfits(trainer: Trainer) -> bool:
-    """Whether ``Trainer(overfit_batches=)`` is in force; set on the Trainer without being declared."""
-    return bool(trainer.overfit_batches)  # type: ignore[attr-defined]
 
 
 def _strategy_of(trainer: Trainer) -> "DilocoStrategy":

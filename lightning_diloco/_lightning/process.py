@@ -1,8 +1,8 @@
 """One process or many: everything that Lightning wants to know about processes, and nothing about DiLoCo.
 
-Owns the launcher, ranks and devices, torch's process group, what ``sync_dist`` and ``barrier`` do, whose evaluation
-data is whose, and the end of processes whose parent or sibling is gone. Does not own who hosts which worker
-(``world.py``).
+Owns ranks and devices, torch's process group, what ``sync_dist`` and ``barrier`` do, and the mean of gradients where a
+worker is a team of processes. Does not own who hosts which worker (``world.py``), nor how processes begin and end
+(``launching.py``).
 
 The base is Lightning's strategy for a single device, with the surface of its parallel strategies added: Lightning
 refuses ``torch.compile``d modules under other classes, refuses parallel strategies on any Mac with MPS, and counts
@@ -10,16 +10,13 @@ subclasses of its DDP strategy as distributed even in one process. It looks for 
 way of supporting foreign strategies.
 """
 
-import os
-import sys
-import threading
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.distributed import (
     _all_gather_ddp_if_available,
     _get_default_process_group_backend_for_device,
@@ -33,15 +30,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.data_connector import _DataConnector, _get_distributed_sampler
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_diloco._lightning.data import DilocoDataConnector
+from lightning_diloco._lightning.launching import DilocoSignalConnector, ScriptLauncher, watch_parent
+from lightning_diloco._lightning.readings import accumulating
+from lightning_diloco.outer import needs_closure
 from lightning_diloco.world import World, check_layout
 
 StartMethod = Literal["popen", "spawn", "fork"]
@@ -84,6 +85,8 @@ class ProcessStrategy(SingleDeviceStrategy):
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
         self.cluster_environment = cluster_environment
         self.world = World(num_workers)
+        self._averaged = False  # whether the present backward pass has ended in a mean over the worker's team
+        self._only_returns = False
 
     # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
     # from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the
@@ -198,7 +201,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         assert self.cluster_environment is not None
         method = self._start_method or ("fork" if _IS_INTERACTIVE else "popen")
         if method == "popen":
-            self._launcher = _ScriptLauncher(self.cluster_environment, self.num_processes, self._machines)
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._machines)
         else:
             self._launcher = _MultiProcessingLauncher(self, start_method=method)  # type: ignore[arg-type]
 
@@ -216,7 +219,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         if size == 1:
             self.world = World(self._num_workers)
             return
-        _watch_parent(self._launcher, self.cluster_environment)
+        watch_parent(self._launcher, self.cluster_environment)
         if self._num_workers == 1:
             reset_seed()  # as DDP does; several workers have random streams of their own
         self.set_world_ranks()
@@ -270,8 +273,55 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if isinstance(self._launcher, _ScriptLauncher) and not self.world.stopping:
+        if isinstance(self._launcher, ScriptLauncher) and not self.world.stopping:
             self._launcher.end()
+
+    # ---------------------------------------------------------------------------------------- a worker's team
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+
+        def averaged() -> Any:
+            with self.gradients_in_team() if module.automatic_optimization else nullcontext():
+                loss = closure()
+            if isinstance(loss, Tensor) and needs_closure(optimizer):
+                loss = self.world.team_mean(loss)  # line searches must take the same decisions on all members
+            return loss
+
+        return super().optimizer_step(optimizer, averaged if self.world.team > 1 else closure, model, **kwargs)
+
+    @contextmanager
+    def gradients_in_team(self) -> Iterator[None]:
+        """Inside is one forward and backward pass, at whose end the gradients are means over the worker's team."""
+        self._averaged = False
+        yield
+        if not (self._averaged or self._only_returns):
+            self._average_gradients()  # no backward pass here (the loss was None), but perhaps on another member
+
+    @contextmanager
+    def gradients_are_means(self) -> Iterator[None]:
+        """Inside, closures only return what was computed before: there is nothing to average."""
+        self._only_returns = True
+        try:
+            yield
+        finally:
+            self._only_returns = False
+
+    @override
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
+        module = self.lightning_module
+        assert module is not None
+        if self.world.team > 1 and not (module.automatic_optimization and accumulating(module.trainer)):
+            self._average_gradients()
+
+    def _average_gradients(self) -> None:
+        if self.world.team > 1:
+            assert self.lightning_module is not None
+            self.world.average_gradients(self.lightning_module.parameters())
+        self._averaged = True
 
     # ---------------------------------------------------------------------------------------- what users may call
 
@@ -324,89 +374,10 @@ class ProcessStrategy(SingleDeviceStrategy):
         return interrupted and self.world.size > 1 and not self.world.stopping
 
 
-class _ScriptLauncher(_SubprocessScriptLauncher):
-    """Starts this script once more for each further device; private because the launchers have no public names."""
-
-    @override
-    def _call_children_scripts(self) -> None:
-        os.environ[_PARENT] = str(os.getpid())
-        try:
-            super()._call_children_scripts()
-        finally:
-            del os.environ[_PARENT]
-
-    def end(self) -> None:
-        """The processes this one has started would wait for it in vain."""
-        for process in self.procs:
-            process.kill()
-            process.wait()
-        self.procs.clear()  # Lightning's observer of this list would kill this process, too
-
-
-class DilocoSignalConnector(_SignalConnector):
-    """What SIGTERM does where several processes train.
-
-    Lightning's handler broadcasts in the middle of whatever the processes are doing, and its loop broadcasts before
-    every batch to receive that. Here the signal waits for the next synchronisation, where all learn of it and stop
-    after the same step, so that a checkpoint can still be written.
-    """
-
-    @override
-    def _sigterm_notifier_fn(self, signum: Any, frame: Any) -> None:
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, ProcessStrategy)
-        if not strategy.world.stop_requested and strategy.launcher is not None:
-            strategy.launcher.kill(signum)
-        strategy.world.stop_requested = True
-        self.received_sigterm = self.received_sigterm or not self.trainer.training
-
-
-class DilocoDataConnector(_DataConnector):
-    """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
-
-    @override
-    def _requires_distributed_sampler(self, dataloader: DataLoader[Any]) -> bool:
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, ProcessStrategy)
-        return not strategy.deals_training_data and super()._requires_distributed_sampler(dataloader)
-
-    @override
-    def _resolve_sampler(self, dataloader: DataLoader[Any], shuffle: bool, mode: Any = None) -> Any:
-        if not self._requires_distributed_sampler(dataloader):
-            return dataloader.sampler
-        return _get_distributed_sampler(
-            dataloader,
-            shuffle,
-            mode=mode,
-            overfit_batches=self.trainer.overfit_batches,  # type: ignore[attr-defined]
-            num_replicas=self.trainer.world_size,
-            rank=self.trainer.global_rank,
-        )
-
-
 _CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → its class, and ours
     "_signal_connector": (_SignalConnector, DilocoSignalConnector),
     "_data_connector": (_DataConnector, DilocoDataConnector),
 }
-
-_PARENT = "LIGHTNING_DILOCO_PARENT"  # environment variable: who started this process
-
-
-def _watch_parent(launcher: Any, environment: Any) -> None:
-    """Ends this process when the one that started it is gone: the next exchange, which would fail, may be far away."""
-    parent = int(os.environ.pop(_PARENT, 0))
-    if isinstance(launcher, _MultiProcessingLauncher) or isinstance(environment, TorchElasticEnvironment):
-        parent = os.getppid()
-    if not parent or os.name == "nt":  # a process of the user's own, or a system that doesn't tell
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        print(f"lightning_diloco: process {os.getpid()} ends because its parent {parent} is gone.", file=sys.stderr)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="lightning_diloco parent watch", daemon=True).start()
 
 
 def _shareable(module: torch.nn.Module) -> dict[str, Tensor]:
