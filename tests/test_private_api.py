@@ -14,7 +14,7 @@ from lightning_diloco import DilocoStrategy
 from lightning_diloco._lightning import loops
 
 PACKAGE = Path(lightning_diloco.__file__).parent
-MAY_IMPORT_LIGHTNING = {"__init__.py", "strategy.py", "callback.py", "simulator.py", "__main__.py"}
+MAY_IMPORT_LIGHTNING = {"__init__.py", "strategy.py", "callback.py", "simulator.py", "simulation.py", "__main__.py"}
 
 
 def imports(path: Path) -> set[tuple[str, str]]:
