@@ -63,10 +63,12 @@ class DilocoStrategy(SingleDeviceStrategy):
         num_nodes: simulated workers N ≥ 1. (``Trainer(num_nodes=)`` stays the number of machines.)
         diloco_interval: local steps H ≥ 1 between outer steps. A local step is a batch in which an optimizer stepped.
         outer_optimizer_cls: the outer optimizer: a torch optimizer class, or a callable that makes one from parameters.
+            (On the command line a dotted name is a class; a short name, or ``class_path`` with ``init_args``, is a
+            callable, with torch's defaults for what isn't given: SGD alone has lr 0.001.)
         outer_optimizer_kwargs: its arguments, replacing the defaults wholly. None: for exactly ``torch.optim.SGD`` what
             the algorithm's paper uses (DiLoCo: lr 0.7, momentum 0.9, nesterov), for other classes their own defaults.
             Must be None with a callable.
-        algorithm: when and what the workers exchange; None: :class:`~lightning_diloco.Diloco`.
+        algorithm: when and what the workers exchange; None: ``Diloco()``.
         eval_weights: weights and buffers that validation during fit and a checkpoint's ``state_dict`` see: "average"
             (the mean of the replicas), "outer" (θ of the last synchronisation) or "worker" (worker 0's).
         buffers: floating buffers and frozen parameters at a synchronisation: "average" (mean to all), "first" (worker
@@ -82,10 +84,15 @@ class DilocoStrategy(SingleDeviceStrategy):
         share_frozen: all workers use one copy of the parameters without ``requires_grad``.
         reduction: order of summation. In one process it is always that of the workers, "ordered" ("auto" means that);
             "all_reduce" is for several processes.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's
-            strategies.
-        process_group_backend, timeout, start_method: for several processes, which this version does not run yet; like
-            ``reduction="all_reduce"`` they are refused.
+        accelerator: as in Lightning's strategies.
+        parallel_devices: as in Lightning's strategies.
+        cluster_environment: as in Lightning's strategies.
+        checkpoint_io: as in Lightning's strategies.
+        precision_plugin: as in Lightning's strategies.
+        process_group_backend: for several processes, which this version does not run yet; it is refused, like
+            ``reduction="all_reduce"``.
+        timeout: for several processes; refused.
+        start_method: for several processes; refused.
 
     Raises:
         ValueError: an argument is out of its range, or the outer optimizer can't be built from its arguments.
