@@ -119,9 +119,9 @@ def test_the_example_of_the_documentation_runs(capsys: Any) -> None:
 class Handmade(L.LightningModule):
     """The same training, written by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, **model_kwargs: Any) -> None:
         super().__init__()
-        self.model = Classifier()
+        self.model = Classifier(**model_kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -144,6 +144,67 @@ def test_it_is_the_run_that_you_would_write_by_hand() -> None:
     assert_same(weights(s), copy_of(module.model.state_dict()))
     for worker in range(3):
         assert_same(s.strategy.worker_state_dict(worker), strategy.worker_state_dict(worker))
+
+
+def test_the_table_of_the_readme_spells_the_same_run() -> None:
+    """Every row of it at once; the cosine is computed in another way there, so not bit for bit."""
+    log, losses = Log(), {}
+    s = trained(
+        max_local_step=10,
+        cosine_anneal=True,
+        eval_dataset=classes(30, seed=1),
+        eval_iters=5,
+        save_dir="files",
+        ckpt_interval=2,
+        model_kwargs={"dropout": 0.0},
+        **log.hooks(),
+    )
+
+    class Module(Handmade):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            self.log("eval_loss", F.cross_entropy(self.model(x), y))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+            steps = self.trainer.estimated_stepping_batches
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    class Hooks(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            losses[trainer.global_step] = outputs["loss"].item()
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            losses[f"eval {trainer.strategy.outer_steps}"] = trainer.callback_metrics["eval_loss"].item()
+
+    L.seed_everything(5, verbose=False)
+    module, strategy = Module(dropout=0.0), DilocoStrategy(num_nodes=3, diloco_interval=4, eval_weights="outer")
+    files = ModelCheckpoint("by_hand", every_n_train_steps=2 * 4, save_top_k=-1)
+    trainer = L.Trainer(
+        strategy=strategy,
+        max_steps=10,
+        limit_val_batches=5,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=[Hooks(), files],
+        logger=False,
+        **QUIET,
+    )
+    val = DataLoader(classes(30, seed=1), batch_size=4)
+    trainer.fit(module, DataLoader(classes(120), batch_size=4, shuffle=True), val)
+    (last,) = trainer.validate(module, val, verbose=False)
+    assert {s.local_step: s.loss for s in log.train} == pytest.approx(
+        {k: v for k, v in losses.items() if k in range(11)}
+    )
+    assert log.eval[0].loss == pytest.approx(losses["eval 1"])
+    assert log.eval[1].loss == pytest.approx(losses["eval 2"])
+    assert log.eval[2].loss == pytest.approx(last["eval_loss"])
+    for name, value in weights(s).items():
+        assert torch.allclose(value.double(), module.model.state_dict()[name].double(), rtol=1e-4, atol=1e-6)
+    assert [p.name for p in Path("files").glob("step*")] == ["step=000008.ckpt"]
+    assert [torch.load(p, weights_only=True)["global_step"] for p in Path("by_hand").iterdir()] == [8]
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
@@ -360,6 +421,21 @@ def test_optimizer_cls_and_optimizer_kwargs() -> None:
     assert group() == (torch.optim.AdamW, 0.01)
     assert group(optimizer_kwargs=None) == (torch.optim.AdamW, 0.001)
     assert group(optimizer_cls=torch.optim.SGD, optimizer_kwargs={"lr": 0.5}) == (torch.optim.SGD, 0.5)
+
+
+def test_a_single_worker_sees_shuffled_data_too() -> None:
+    seen: list[float] = []
+
+    class Look(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend(x[:, 0].tolist())
+            return super().forward(x)
+
+    numbers = TensorDataset(torch.arange(40.0).reshape(40, 1), torch.zeros(40).long())
+    model = {"model_cls": Look, "model_kwargs": {"in_features": 1, "out_features": 2}}
+    trained(num_nodes=1, train_dataset=numbers, **model)
+    assert sorted(seen) == list(range(40))
+    assert seen != sorted(seen)
 
 
 def test_diloco_interval() -> None:
@@ -757,6 +833,17 @@ def test_one_worker_counts_on_after_resuming() -> None:
         return [(s.local_step, s.global_step, s.num_diloco_steps) for s in log if s.local_step > 4]
 
     assert counts(rest) == counts(whole)
+
+
+def test_files_in_the_middle_of_a_round_hold_the_outer_model_unless_told_otherwise() -> None:
+    def saved(**strategy_kwargs: Any) -> Tensor:
+        files = ModelCheckpoint(strategy_kwargs.get("eval_weights", "default"), every_n_train_steps=6)
+        trained(trainer_kwargs={"callbacks": [files]}, strategy_kwargs=strategy_kwargs, max_local_step=6)
+        return torch.load(files.best_model_path, weights_only=True)["state_dict"]["model.net.0.weight"]
+
+    theta = trained(max_local_step=4).model.net[0].weight
+    assert torch.equal(saved(), theta)
+    assert not torch.equal(saved(eval_weights="average"), theta)
 
 
 def test_files_are_ordinary_and_hold_the_outer_model() -> None:
