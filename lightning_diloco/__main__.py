@@ -31,7 +31,10 @@ def main(args: list[str] | None = None) -> LightningCLI:
     return LightningCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
-        parser_kwargs={"prog": "python -m lightning_diloco"},
+        parser_kwargs={
+            "prog": "python -m lightning_diloco",
+            "description": "Lightning's command line for any model and data, with DilocoStrategy at hand",
+        },
         args=args,
     )
 

@@ -32,7 +32,7 @@ _OWN_TRAINER_ARGUMENTS = {
     "limit_val_batches": "`eval_iters`",
     "val_check_interval": "`diloco_interval` (the outer model is evaluated after every outer step)",
     "check_val_every_n_epoch": "`diloco_interval` (the outer model is evaluated after every outer step)",
-    "num_sanity_val_steps": "nothing: the first evaluation comes after the first outer step",
+    "num_sanity_val_steps": "the simulator: it has no sanity check",
 }
 
 
@@ -42,7 +42,8 @@ class DilocoSimulator:
     A facade: :meth:`train` builds a LightningModule, a ``Trainer(devices=1, logger=False)`` and a
     :class:`~lightning_diloco.DilocoStrategy` and calls ``trainer.fit``; see ``trainer_kwargs``. Each call starts
     afresh, with a new model. The run takes exactly ``total`` = min(max_local_step, num_epochs · len(train_dataset) //
-    (batch_size · num_nodes)) local steps; a worker's short last batch of an epoch is kept.
+    (batch_size · num_nodes)) local steps; a worker's short last batch of an epoch is kept. Data is loaded in the
+    process itself.
 
     Args:
         model_cls: class of the model.
