@@ -162,16 +162,18 @@ class SimulatorCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._train_hook is not None and outputs and "loss" in outputs:
-            loss = outputs["loss"] * trainer.accumulate_grad_batches  # the mean over workers; Lightning divides
+        if self._train_hook is not None:  # Lightning divides the loss; a process whose workers pause has none
+            known = bool(outputs) and "loss" in outputs
+            zero = torch.zeros((), device=_strategy_of(trainer).root_device)
+            loss = outputs["loss"] * trainer.accumulate_grad_batches if known else zero
             self._loss = self._loss or mean_metric(loss)
-            self._loss.update(loss)
+            self._loss.update(loss, int(known))
         if trainer.global_step == self._local_steps:
             return  # accumulating gradients
         self._local_steps, self._epoch = trainer.global_step, trainer.current_epoch
-        if self._train_hook is not None:
-            loss = math.nan if self._loss is None else float(self._loss.compute())  # over all processes
-            self._loss, stats = None, TrainStats(loss, *self._where(trainer))
+        if self._train_hook is not None and self._loss is not None:
+            stats = TrainStats(float(self._loss.compute()), *self._where(trainer))  # over all processes
+            self._loss = None
             if trainer.is_global_zero:
                 self._train_hook(stats)
         self._after_outer_step(trainer, pl_module)

@@ -376,6 +376,36 @@ def test_accumulated_gradients_make_one_step_with_the_mean_loss() -> None:
     assert [s.loss for s in log] == pytest.approx([(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)])
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_the_loss_is_that_of_the_workers_that_took_a_step() -> None:
+    """A module that trains on nothing every other time, and an algorithm under which only one worker is active."""
+
+    class Pauses(SimulatorModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    class PausingSimulator(DilocoSimulator):
+        module_cls = Pauses
+
+    class Alone(Diloco):
+        def active(self, tick: int) -> list[int]:
+            return [tick % 3]
+
+    log = Log()
+    s = simulator(PausingSimulator, train_loss_hook=log.append)
+    s.train()
+    assert [math.isnan(stats.loss) for stats in log] == [False, True] * 5
+    log.clear()
+    calls: list[Tensor] = []
+
+    def loss_fn(output: Tensor, y: Tensor) -> Tensor:
+        calls.append(F.cross_entropy(output, y))
+        return calls[-1]
+
+    trained(strategy_kwargs={"algorithm": Alone()}, loss_fn=loss_fn, train_loss_hook=log.append)
+    assert [stats.loss for stats in log] == [loss.item() for loss in calls]
+
+
 @pytest.mark.parametrize("which", ["train_loss_hook", "eval_loss_hook"])
 def test_a_hook_that_raises_stops_the_run_with_its_own_error(which: str) -> None:
     def hook(stats: TrainStats) -> None:
@@ -791,6 +821,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(file: str) -> None:
     assert {p.name for p in Path("again").iterdir()} == {
         p.name for p in Path("files").iterdir() if p.name > file or p.name == "final.ckpt"
     }
+
+
+def test_a_resumed_run_accumulates_gradients_as_before() -> None:
+    whole, rest = Log(), Log()
+    arguments = {"trainer_kwargs": {"accumulate_grad_batches": 2}, "max_local_step": 7}
+    first = trained(**arguments, save_dir="files", ckpt_interval=1, train_loss_hook=whole.append)
+    again = simulator(**arguments, train_loss_hook=rest.append)
+    again.train("files/step=000004.ckpt")
+    assert rest == whole[4:]
+    assert_same(weights(again), weights(first))
 
 
 @pytest.mark.parametrize("samples", [96, 90])  # a pass of 8 steps, of which the shorter run takes 8 or 7
