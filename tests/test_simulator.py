@@ -685,7 +685,8 @@ def test_eval_loss_hook_and_where_else_results_go() -> None:
 
 
 def test_seed() -> None:
-    assert_same(weights(trained(seed=1)), weights(trained(seed=1)))
+    for seed in (0, 1):
+        assert_same(weights(trained(seed=seed)), weights(trained(seed=seed)))
     torch.manual_seed(3)
     one = weights(trained(seed=1))
     assert not torch.equal(weights(trained(seed=2))["net.0.weight"], one["net.0.weight"])
