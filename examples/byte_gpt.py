@@ -46,7 +46,15 @@ class Block(nn.Module):
 
 
 class ByteGPT(L.LightningModule):
-    """Predicts the next byte; the head's weights are the embedding's."""
+    """Predicts the next byte; the head's weights are the embedding's.
+
+    Args:
+        layers: number of blocks.
+        width: size of a position's representation, a multiple of ``heads``.
+        heads: attention heads per block.
+        context: bytes that a prediction can see at most.
+        lr: peak learning rate of AdamW, after a warm-up and before a cosine.
+    """
 
     def __init__(self, layers: int, width: int, heads: int, context: int, lr: float) -> None:
         super().__init__()
@@ -114,15 +122,35 @@ def standard_library(megabytes: float) -> Tensor:
     return torch.frombuffer(text[:size], dtype=torch.uint8)
 
 
-def build(args: argparse.Namespace) -> tuple[ByteGPT, DataLoader[Tensor], DataLoader[Tensor]]:
-    """The model, its training windows (shuffled, overlapping) and some 128 windows spread over the held-out text."""
+class LibraryText(L.LightningDataModule):
+    """Overlapping, shuffled windows of the text for training, and some 128 windows spread over its held-out last 5 %.
+
+    Args:
+        context: bytes of a window, less the one to be predicted last.
+        batch_size: windows per worker and step.
+        megabytes: how much of the text is used.
+    """
+
+    def __init__(self, context: int, batch_size: int, megabytes: float) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        text, length = standard_library(megabytes), context + 1
+        split = int(0.95 * len(text))
+        self.train_data = Windows(text[:split], length, stride=max(1, context // 4))
+        self.val_data = Windows(text[split:], length, stride=max(length, (len(text) - split - length) // 127))
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.train_data, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.val_data, self.batch_size)
+
+
+def build(args: argparse.Namespace) -> tuple[ByteGPT, LibraryText]:
+    """The model and its data."""
     L.seed_everything(args.seed, verbose=False)
-    text = standard_library(args.megabytes)
-    split, length = int(0.95 * len(text)), args.context + 1
-    train = Windows(text[:split], length, stride=max(1, args.context // 4))
-    val = Windows(text[split:], length, stride=max(length, (len(text) - split - length) // 127))
-    model = ByteGPT(args.layers, args.width, args.heads, args.context, args.lr)
-    return model, DataLoader(train, args.batch_size, shuffle=True, drop_last=True), DataLoader(val, args.batch_size)
+    data = LibraryText(args.context, args.batch_size, args.megabytes)
+    return ByteGPT(args.layers, args.width, args.heads, args.context, args.lr), data
 
 
 DEFAULTS = {
@@ -147,7 +175,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")  # advice on loader workers; its own deprecations
-    model, train, val = build(args)
+    model, data = build(args)
     trainer = L.Trainer(
         strategy="auto" if args.plain else DilocoStrategy(num_nodes=args.workers, diloco_interval=args.interval),
         accelerator=args.accelerator,
@@ -164,9 +192,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         enable_model_summary=False,
     )
     start = time.perf_counter()
-    trainer.fit(model, train, val)
+    trainer.fit(model, data)
     seconds = time.perf_counter() - start
-    (metrics,) = trainer.validate(model, val, verbose=False)
+    (metrics,) = trainer.validate(model, data, verbose=False)
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "val_loss": metrics["val_loss"],  # nats per byte

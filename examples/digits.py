@@ -32,7 +32,11 @@ from lightning_diloco import DilocoStrategy
 
 
 class DigitsCNN(L.LightningModule):
-    """An ordinary LightningModule: nothing in it knows about workers."""
+    """An ordinary LightningModule: nothing in it knows about workers.
+
+    Args:
+        lr: learning rate of AdamW.
+    """
 
     def __init__(self, lr: float) -> None:
         super().__init__()
@@ -65,6 +69,27 @@ class DigitsCNN(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
+class DigitsData(L.LightningDataModule):
+    """1437 training and 360 test images of 8 × 8 pixels in [0, 1]; the split is the same in every run.
+
+    Args:
+        batch_size: training images per worker and step.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        images, labels = load_digits(return_X_y=True)
+        data = TensorDataset(torch.tensor(images / 16).float().reshape(-1, 1, 8, 8), torch.tensor(labels))
+        self.train_data, self.test_data = random_split(data, [1437, 360], torch.Generator().manual_seed(0))
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(self.train_data, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(self.test_data, len(self.test_data))
+
+
 class Row(NamedTuple):
     """One run: accuracy and loss on the test images, bytes that one worker sent, seconds of the fit."""
 
@@ -75,20 +100,10 @@ class Row(NamedTuple):
     seconds: float
 
 
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1437 training and 360 test images of 8 × 8 pixels in [0, 1]; the split is the same in every run."""
-    images, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(images / 16).float().reshape(-1, 1, 8, 8), torch.tensor(labels))
-    train, test = random_split(data, [1437, 360], torch.Generator().manual_seed(0))
-    return train, test
-
-
 def train(name: str, args: argparse.Namespace, batch_size: int, strategy: str | L.pytorch.strategies.Strategy) -> Row:
     """Fits one model and evaluates it on the test images; counts no bytes."""
     L.seed_everything(args.seed, verbose=False)  # the same initial weights for every run
-    train_data, test_data = digits()
-    train_loader = DataLoader(train_data, batch_size, shuffle=True)
-    test_loader = DataLoader(test_data, len(test_data))
+    data = DigitsData(batch_size)
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
@@ -104,9 +119,9 @@ def train(name: str, args: argparse.Namespace, batch_size: int, strategy: str | 
     )
     model = DigitsCNN(args.lr)
     start = time.perf_counter()
-    trainer.fit(model, train_loader, test_loader)
+    trainer.fit(model, data)
     seconds = time.perf_counter() - start
-    (result,) = trainer.validate(model, test_loader, verbose=False)
+    (result,) = trainer.validate(model, data, verbose=False)
     return Row(name, result["val_acc"], result["val_loss"], 0, seconds)
 
 

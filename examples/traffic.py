@@ -39,7 +39,7 @@ class Count(L.Callback):
 
 def fit(strategy: str | DilocoStrategy, args: argparse.Namespace) -> tuple[int, int, bool]:
     """Bytes sent by this process, bytes of the model, and whether this process is the one to print."""
-    model, train, _ = byte_gpt.build(args)
+    model, data = byte_gpt.build(args)
     count = Count()
     trainer = L.Trainer(
         strategy=strategy,
@@ -52,7 +52,7 @@ def fit(strategy: str | DilocoStrategy, args: argparse.Namespace) -> tuple[int, 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, train)
+    trainer.fit(model, data.train_dataloader())
     return count.sent, sum(p.nbytes for p in model.parameters()), trainer.is_global_zero
 
 

@@ -64,10 +64,12 @@ class DilocoStrategy(ProcessStrategy):
         num_nodes: simulated workers N ≥ 1. (``Trainer(num_nodes=)`` stays the number of machines.)
         diloco_interval: local steps H ≥ 1 between outer steps. A local step is a batch in which an optimizer stepped.
         outer_optimizer_cls: the outer optimizer: a torch optimizer class, or a callable that makes one from parameters.
+            (On the command line a dotted name is a class; a short name, or ``class_path`` with ``init_args``, is a
+            callable, with torch's defaults for what isn't given: SGD alone has lr 0.001.)
         outer_optimizer_kwargs: its arguments, replacing the defaults wholly. None: for exactly ``torch.optim.SGD`` what
             the algorithm's paper uses (DiLoCo: lr 0.7, momentum 0.9, nesterov), for other classes their own defaults.
             Must be None with a callable.
-        algorithm: when and what the workers exchange; None: :class:`~lightning_diloco.Diloco`.
+        algorithm: when and what the workers exchange; None: ``Diloco()``.
         eval_weights: weights and buffers that validation during fit and a checkpoint's ``state_dict`` see: "average"
             (the mean of the replicas), "outer" (θ of the last synchronisation) or "worker" (worker 0's).
         buffers: floating buffers and frozen parameters at a synchronisation: "average" (mean to all), "first" (worker
@@ -84,8 +86,11 @@ class DilocoStrategy(ProcessStrategy):
         reduction: order of summation over several processes: "ordered" (that of the workers: results are bit-identical
             for every layout of workers over processes), "all_reduce" (that of the back end, which may send less), or
             "auto" (ordered on one machine, all_reduce across machines).
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's
-            strategies.
+        accelerator: as in Lightning's strategies.
+        parallel_devices: as in Lightning's strategies.
+        cluster_environment: as in Lightning's strategies.
+        checkpoint_io: as in Lightning's strategies.
+        precision_plugin: as in Lightning's strategies.
         process_group_backend: torch.distributed's back end; None: gloo on CPUs, nccl on CUDA.
         timeout: how long a process waits for another before it ends with an error; None: torch's default.
         start_method: how ``Trainer(devices=)`` starts further processes: "popen" (the script once more), "spawn" or

@@ -46,7 +46,7 @@ def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
 
     L.seed_everything(0, verbose=False)
     model = digits.DigitsCNN(lr=0.1)
-    images, labels = next(iter(torch.utils.data.DataLoader(digits.digits()[1], 360)))
+    images, labels = next(iter(digits.DigitsData(8).val_dataloader()))
     at_start = torch.nn.functional.cross_entropy(model.net(images), labels).item()
     for row in rows:
         assert 0.3 < row.accuracy <= 1
@@ -68,7 +68,8 @@ def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
     )
     argv = [*size.split(), "--logdir", str(tmp_path), *(["--plain"] if plain else [])]
     result = byte_gpt.main(argv)
-    model, _, val = byte_gpt.build(byte_gpt.parse(argv))
+    model, data = byte_gpt.build(byte_gpt.parse(argv))
+    val = data.val_dataloader()
 
     out = capsys.readouterr().out
     assert all(name in out for name in result)
@@ -99,7 +100,8 @@ def test_the_strategy_is_one_line(name):
 
 def test_byte_gpt_holds_out_text_it_never_trains_on():
     byte_gpt = load("byte_gpt")
-    _, train, val = byte_gpt.build(byte_gpt.parse(["--megabytes", "0.05", "--context", "16"]))
+    _, data = byte_gpt.build(byte_gpt.parse(["--megabytes", "0.05", "--context", "16"]))
+    train, val = data.train_dataloader(), data.val_dataloader()
     text = byte_gpt.standard_library(0.05)
     assert len(text) == 50_000
     pieces = train.dataset[len(train.dataset) - 1], val.dataset[0], val.dataset[len(val.dataset) - 1]

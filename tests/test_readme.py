@@ -1,9 +1,12 @@
 """Does the README's code run as printed, and is CI what it says?"""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from lightning_diloco import DilocoSimulator
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -17,14 +20,29 @@ def test_the_code_runs_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     code = [text for language, tag, text in BLOCKS if language == "python" and not tag]
     for block in code:
         exec(compile(block, "README.md", "exec"), namespace)  # the README's own code
-    assert len(code) == 5
-    assert "step 4: the workers' pseudo-gradients have a mean cosine of" in capsys.readouterr().out
+    assert len(code) == 6
+    out = capsys.readouterr().out
+    assert "step 4: the workers' pseudo-gradients have a mean cosine of" in out
+    assert "outer step 4 after 100 local steps: accuracy " in out
 
 
 def test_the_first_block_stands_in_the_example() -> None:
     (block,) = [text for _, tag, text in BLOCKS if tag == "digits"]
     assert block in (ROOT / "examples" / "digits.py").read_text()
     assert README.index("```python digits") < README.index("```text") < README.index("## Set-up")
+
+
+def test_the_yaml_block_stands_in_the_configuration() -> None:
+    (block,) = [text for language, _, text in BLOCKS if language == "yaml"]
+    assert block in (ROOT / "examples" / "configs" / "digits.yaml").read_text()
+
+
+def test_the_table_for_the_simulator_is_complete() -> None:
+    table = README[README.index("| simulator | Lightning |") :].split("\n\n")[0]
+    beyond = {"strategy_kwargs", "trainer_kwargs", "seed"}
+    assert set(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in table.splitlines()))) == (
+        set(inspect.signature(DilocoSimulator).parameters) - beyond
+    )
 
 
 def test_there_are_two_commands_and_ci_runs_them() -> None:

@@ -90,7 +90,8 @@ def report(what: str, ratio: float, remark: str) -> None:
 
 def compare_time(name: str, workers: int, blocks: int, steps: int, goal: str) -> None:
     """Alternates blocks of plain and DiLoCo steps of one model."""
-    model, loader, _ = byte_gpt.build(byte_gpt.parse(MODELS[name].split()))
+    model, data = byte_gpt.build(byte_gpt.parse(MODELS[name].split()))
+    loader = data.train_dataloader()
     ratios, plain_steps, outer = [], [], []
     for block in range(blocks):
         runs = {"auto": workers * steps, DilocoStrategy(num_nodes=workers, diloco_interval=10**9): steps}
@@ -116,7 +117,8 @@ def memory(field: str) -> int:
 
 def measure_memory(workers: int) -> dict[str, int]:
     """Memory of this process in two rounds of two steps, and what one worker has to hold."""
-    model, loader, _ = byte_gpt.build(byte_gpt.parse(MODELS["20 MB"].split()))
+    model, data = byte_gpt.build(byte_gpt.parse(MODELS["20 MB"].split()))
+    loader = data.train_dataloader()
     averaging = {"lr": 1.0} if workers == 1 else None  # one worker, plain average: the plain run
     strategy = DilocoStrategy(num_nodes=workers, diloco_interval=2, outer_optimizer_kwargs=averaging)
     watch, trainer = fit(model, loader, strategy, steps=4)

@@ -47,7 +47,7 @@ class Marks(L.Callback):
 def lightning(devices: int, threads: int) -> dict[str, float]:
     """Seconds per local step, and until the end of the first."""
     torch.set_num_threads(threads)
-    model, train, _ = byte_gpt.build(byte_gpt.parse(["--megabytes", "0.3"]))
+    model, data = byte_gpt.build(byte_gpt.parse(["--megabytes", "0.3"]))
     marks = Marks()
     trainer = L.Trainer(
         strategy=DilocoStrategy(num_nodes=WORKERS, diloco_interval=10**6, final_sync=False),
@@ -62,7 +62,7 @@ def lightning(devices: int, threads: int) -> dict[str, float]:
         enable_model_summary=False,
     )
     start = time.perf_counter()
-    trainer.fit(model, train)
+    trainer.fit(model, data.train_dataloader())
     steps = [b - a for a, b in itertools.pairwise(marks.marks[WARM_UP:])]
     return {"rank": trainer.global_rank, "step": statistics.median(steps), "first": marks.marks[0] - start}
 
@@ -71,11 +71,11 @@ def by_hand(models: int) -> float:
     """Seconds that stepping ``models`` models in turn takes in plain PyTorch, batches included."""
     torch.set_num_threads(1)
     args = byte_gpt.parse(["--megabytes", "0.3"])
-    model, train, _ = byte_gpt.build(args)
+    model, data = byte_gpt.build(args)
     replicas = [model, *(byte_gpt.build(args)[0] for _ in range(models - 1))]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in replicas]
     marks = []
-    for group in itertools.islice(zip(*[iter(train)] * models, strict=False), STEPS):
+    for group in itertools.islice(zip(*[iter(data.train_dataloader())] * models, strict=False), STEPS):
         for window, replica, optimizer in zip(group, replicas, optimizers, strict=True):
             optimizer.zero_grad()
             replica.loss(window).backward()

@@ -1,0 +1,234 @@
+"""What DilocoSimulator puts into a Trainer: a LightningModule around the user's model, and a callback.
+
+Owns the loss on a batch, and *when* the user's hooks, evaluations and checkpoint files come. Does not own the arguments
+(``simulator.py``), the metrics (``evaluation.py``) nor anything about workers.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from typing_extensions import override
+
+from lightning_diloco.evaluation import EvalStats, Evaluation, TrainStats, mean_metric
+from lightning_diloco.strategy import DilocoStrategy
+
+
+class SimulatorModule(L.LightningModule):
+    """The LightningModule that the simulator trains: ``loss_fn(model(x), y)`` on batches ``(x, y)``.
+
+    For other batches, override :meth:`split` (and :meth:`forward` if the model doesn't take one argument), and name
+    your class in the simulator::
+
+        class Captions(SimulatorModule):
+            def split(self, batch):
+                return batch["image"], batch["caption"]
+
+        class CaptionSimulator(DilocoSimulator):
+            module_cls = Captions
+
+    A file of the simulator loads with ``SimulatorModule.load_from_checkpoint(path, model=..., loss_fn=...).model``.
+
+    Args:
+        model: any module.
+        loss_fn: ``(output, y) → one number``.
+        optimizer_cls: a torch optimizer class.
+        optimizer_kwargs: its arguments.
+        cosine_steps: local steps over which a cosine takes the learning rate to 0; None: it is constant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        optimizer_cls: type[Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        cosine_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self._optimizer_cls, self._optimizer_kwargs = optimizer_cls, dict(optimizer_kwargs or {})
+        self._cosine_steps = cosine_steps
+
+    @override
+    def forward(self, x: Any) -> Any:
+        return self.model(x)
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """``batch`` as ``(x, y)``.
+
+        Raises:
+            MisconfigurationException: it isn't a pair.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            size = f" of {len(batch)} items" if isinstance(batch, (tuple, list, dict)) else ""
+            raise MisconfigurationException(
+                f"The dataset's batches are a {type(batch).__name__}{size}, but must be pairs `(x, y)`. For others,"
+                " override `split(self, batch)` in a subclass of lightning_diloco.simulation.SimulatorModule so that it"
+                " returns `(x, y)`, and set `module_cls` to it in a subclass of DilocoSimulator."
+            )
+        return batch[0], batch[1]
+
+    def evaluate(self, batch: Any) -> tuple[Tensor, Any, Any]:
+        """Loss (one number), output and target of a batch.
+
+        Raises:
+            MisconfigurationException: ``loss_fn`` doesn't return one number.
+        """
+        x, y = self.split(batch)
+        output = self(x)
+        loss = self.loss_fn(output, y)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise MisconfigurationException(
+                f"`loss_fn` returned {found}, but must return a tensor with one number: the mean over the batch."
+            )
+        return loss, output, y
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.evaluate(batch)[0]
+        self.log("train_loss", loss, prog_bar=True, logger=bool(self.trainer.loggers), batch_size=1)
+        return loss
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer_cls(self.parameters(), **self._optimizer_kwargs)
+        total = self._cosine_steps
+        if total is None:
+            return optimizer
+        # in closed form, so that a run resumed with another `total` ends at 0 too
+        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SimulatorCallback(L.Callback):
+    """Calls the hooks, evaluates θ and writes the files; the simulator attaches it after the user's callbacks.
+
+    Args:
+        train_hook: as the simulator's ``train_loss_hook``.
+        eval_hook: as its ``eval_loss_hook``.
+        batches: what θ is evaluated on, in this order; None: never.
+        eval_iters: at most so many of them.
+        ckpt_interval: outer steps between files; None: only the final one.
+        save_dir: where files go; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        train_hook: Callable[[TrainStats], None] | None,
+        eval_hook: Callable[[EvalStats], None] | None,
+        batches: DataLoader[Any] | None,
+        eval_iters: int,
+        ckpt_interval: int | None,
+        save_dir: str | None,
+    ) -> None:
+        self._train_hook, self._eval_hook = train_hook, eval_hook
+        self._eval_batches, self._eval_iters = batches, eval_iters
+        self._ckpt_interval, self._save_dir = ckpt_interval, save_dir
+        self._outer_steps = 0  # at the last look
+        self._outer_steps_before = 0  # done before a resumption that the strategy knows nothing of
+        self._local_steps = self._epoch = 0  # as of the last local step
+        self._loss: MeanMetric | None = None  # since the last local step
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"outer_steps": self._outer_steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._outer_steps = state_dict["outer_steps"]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done = _strategy_of(trainer).outer_steps  # one worker that is averaged plainly resumes at 0
+        self._outer_steps_before = max(0, self._outer_steps - done)
+        self._outer_steps = done + self._outer_steps_before
+        self._local_steps = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._train_hook is not None:  # Lightning divides the loss; a process whose workers pause has none
+            known = bool(outputs) and "loss" in outputs
+            zero = torch.zeros((), device=_strategy_of(trainer).root_device)
+            loss = outputs["loss"] * trainer.accumulate_grad_batches if known else zero
+            self._loss = self._loss or mean_metric(loss)
+            self._loss.update(loss, int(known))
+        if trainer.global_step == self._local_steps:
+            return  # accumulating gradients
+        self._local_steps, self._epoch = trainer.global_step, trainer.current_epoch
+        if self._train_hook is not None and self._loss is not None:
+            stats = TrainStats(float(self._loss.compute()), *self._where(trainer))  # over all processes
+            self._loss = None
+            if trainer.is_global_zero:
+                self._train_hook(stats)
+        self._after_outer_step(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._after_outer_step(trainer, pl_module)  # of the last, partial round
+        if self._save_dir is not None:
+            trainer.save_checkpoint(os.path.join(self._save_dir, "final.ckpt"))
+
+    def _where(self, trainer: L.Trainer) -> tuple[int, int, int, int]:
+        strategy = _strategy_of(trainer)
+        step, outer = self._local_steps, strategy.outer_steps + self._outer_steps_before
+        return step, step * strategy.num_workers, self._epoch, outer
+
+    def _after_outer_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        before, now = self._outer_steps, self._where(trainer)[-1]
+        if now == before:
+            return
+        self._outer_steps = now
+        if self._eval_batches is not None:
+            loss, accuracy, perplexity = self._evaluate(trainer, module, self._eval_batches)
+            named = {"eval_loss": loss, "eval_accuracy": accuracy, "eval_perplexity": perplexity}
+            metrics = {key: value for key, value in named.items() if value is not None}
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=self._local_steps - 1)  # as Lightning numbers the step's own metrics
+            if self._eval_hook is not None and trainer.is_global_zero:
+                self._eval_hook(EvalStats(loss, *self._where(trainer), accuracy, perplexity))
+        if self._ckpt_interval is not None and now // self._ckpt_interval > before // self._ckpt_interval:
+            assert self._save_dir is not None
+            trainer.save_checkpoint(os.path.join(self._save_dir, f"step={self._local_steps:06d}.ckpt"))
+
+    def _evaluate(
+        self, trainer: L.Trainer, module: L.LightningModule, batches: DataLoader[Any]
+    ) -> tuple[float, float | None, float]:
+        """Loss, accuracy and perplexity of θ; weights, modes of submodules and random generators stay as they are."""
+        strategy, precision = _strategy_of(trainer), trainer.precision_plugin
+        assert isinstance(module, SimulatorModule)
+        assert batches.batch_size is not None
+        evaluation = Evaluation()
+        left = len(batches.dataset)  # type: ignore[arg-type]
+        modes = {m: m.training for m in module.modules()}
+        with isolate_rng(), strategy.weights("outer"), torch.no_grad(), precision.forward_context():
+            module.eval()
+            for batch in islice(batches, self._eval_iters):
+                batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
+                batch = strategy.batch_to_device(batch, dataloader_idx=0)
+                evaluation.update(*module.evaluate(batch), samples=min(left, batches.batch_size))
+                left -= batches.batch_size
+        for m, training in modes.items():
+            m.training = training
+        return evaluation.results()
+
+
+def _strategy_of(trainer: L.Trainer) -> DilocoStrategy:
+    assert isinstance(trainer.strategy, DilocoStrategy)
+    return trainer.strategy

@@ -1,0 +1,266 @@
+"""DilocoSimulator: DiLoCo for people with an ``nn.Module`` and a dataset.
+
+Owns its arguments: their checks, and their translation into a Trainer, a DilocoStrategy and what ``simulation.py`` adds
+to them. Has no training logic of its own.
+"""
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_diloco.arguments import check_bool, check_count
+from lightning_diloco.evaluation import EvalStats, TrainStats
+from lightning_diloco.simulation import SimulatorCallback, SimulatorModule
+from lightning_diloco.strategy import DilocoStrategy
+
+_OWN_STRATEGY_ARGUMENTS = ("num_nodes", "diloco_interval", "outer_optimizer_cls", "outer_optimizer_kwargs")
+_OWN_TRAINER_ARGUMENTS = {
+    "strategy": "`strategy_kwargs`",
+    "max_steps": "`max_local_step`",
+    "max_epochs": "`num_epochs`",
+    "fast_dev_run": "`max_local_step`",
+    "enable_checkpointing": "`save_dir`",
+    "limit_val_batches": "`eval_iters`",
+    "val_check_interval": "`diloco_interval` (the outer model is evaluated after every outer step)",
+    "check_val_every_n_epoch": "`diloco_interval` (the outer model is evaluated after every outer step)",
+    "num_sanity_val_steps": "the simulator: it has no sanity check",
+}
+
+
+class DilocoSimulator:
+    """Trains an ``nn.Module`` with DiLoCo on N simulated workers.
+
+    A facade: :meth:`train` builds a LightningModule, a ``Trainer(devices=1, logger=False)`` and a
+    :class:`~lightning_diloco.DilocoStrategy` and calls ``trainer.fit``; see ``trainer_kwargs``. Each call starts
+    afresh, with a new model. The run takes exactly ``total`` = min(max_local_step, num_epochs · len(train_dataset) //
+    (batch_size · num_nodes)) local steps; a worker's short last batch of an epoch is kept. Data is loaded in the
+    process itself.
+
+    Args:
+        model_cls: class of the model.
+        model_kwargs: its arguments.
+        num_nodes: simulated workers N ≥ 1.
+        diloco_interval: local steps H ≥ 1 between synchronisations.
+        batch_size: samples per worker and step, and per batch of an evaluation.
+        loss_fn: called as ``loss_fn(model(x), y)``; the mean over the batch, one number.
+        train_dataset: pairs ``(x, y)``, with a length. For other items see :class:`SimulatorModule`.
+        eval_dataset: the outer model is evaluated on it after every outer step; results go to ``eval_loss_hook``, to
+            the Trainer's loggers and to ``trainer.callback_metrics`` (``eval_loss``, ``eval_accuracy``,
+            ``eval_perplexity``). Training is undisturbed.
+        optimizer_cls: inner optimizer.
+        optimizer_kwargs: its arguments.
+        outer_optimizer_cls: outer optimizer.
+        outer_optimizer_kwargs: its arguments. None: for exactly ``torch.optim.SGD`` lr 0.7, momentum 0.9, nesterov; for
+            other classes their own defaults.
+        num_epochs: passes over ``train_dataset``.
+        max_local_step: cap on the local steps.
+        cosine_anneal: take the inner learning rate to 0 along a cosine over the ``total`` local steps.
+        eval_iters: batches per evaluation, the first ones of ``eval_dataset``, at most all.
+        ckpt_interval: outer steps between checkpoint files, ``step=000500.ckpt`` after local step 500.
+        save_dir: folder of checkpoint files; at the end ``final.ckpt``. Files of the same name are replaced. None: no
+            file is written.
+        train_loss_hook: called after each local step.
+        eval_loss_hook: called after each evaluation; at the same step ``train_loss_hook`` comes first, the checkpoint
+            last. With several processes hooks run on the first. What a hook raises stops the run.
+        strategy_kwargs: further arguments of DilocoStrategy. ``eval_weights`` is "outer" here if not given, so that
+            files hold what was evaluated.
+        trainer_kwargs: further arguments of Lightning's Trainer, for example ``callbacks`` or ``precision``.
+        seed: given to ``lightning.seed_everything`` before the model is built, so that runs repeat bit for bit. None:
+            generators are used as they are found.
+
+    Attributes:
+        total: local steps of a run.
+
+    Raises:
+        ValueError: an argument is out of its range, unknown or given twice, or the run would have no step.
+    """
+
+    module_cls: ClassVar[type[SimulatorModule]] = SimulatorModule
+
+    def __init__(
+        self,
+        model_cls: type[nn.Module],
+        model_kwargs: dict[str, Any] | None = None,
+        *,
+        num_nodes: int,
+        diloco_interval: int,
+        batch_size: int,
+        loss_fn: Callable[..., Tensor],
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None = None,
+        optimizer_cls: type[Optimizer] = torch.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        outer_optimizer_cls: type[Optimizer] = torch.optim.SGD,
+        outer_optimizer_kwargs: dict[str, Any] | None = None,
+        num_epochs: int = 1,
+        max_local_step: int | None = None,
+        cosine_anneal: bool = False,
+        eval_iters: int = 50,
+        ckpt_interval: int | None = None,
+        save_dir: str | os.PathLike[str] | None = None,
+        train_loss_hook: Callable[[TrainStats], None] | None = None,
+        eval_loss_hook: Callable[[EvalStats], None] | None = None,
+        strategy_kwargs: dict[str, Any] | None = None,
+        trainer_kwargs: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        _check_class("model_cls", model_cls, nn.Module)
+        _check_class("optimizer_cls", optimizer_cls, Optimizer)
+        for name, value, meaning in (
+            ("num_nodes", num_nodes, "simulated workers"),
+            ("diloco_interval", diloco_interval, "local steps between outer steps"),
+            ("batch_size", batch_size, "samples per worker and step"),
+            ("num_epochs", num_epochs, "passes over `train_dataset`"),
+            ("max_local_step", 1 if max_local_step is None else max_local_step, "local steps at most"),
+            ("eval_iters", eval_iters, "batches per evaluation"),
+            ("ckpt_interval", 1 if ckpt_interval is None else ckpt_interval, "outer steps between checkpoints"),
+        ):
+            check_count(name, value, meaning)
+        check_bool("cosine_anneal", cosine_anneal)
+        if not callable(loss_fn):
+            raise ValueError(f"`loss_fn` (={loss_fn!r}) must be a callable `(model(x), y) -> loss`.")
+        for name, hook in (("train_loss_hook", train_loss_hook), ("eval_loss_hook", eval_loss_hook)):
+            if hook is not None and not callable(hook):
+                raise ValueError(f"`{name}` (={hook!r}) must be a callable that takes the statistics, or None.")
+        if eval_loss_hook is not None and eval_dataset is None:
+            raise ValueError("`eval_loss_hook` was given without `eval_dataset` and would never be called. Give both.")
+        if ckpt_interval is not None and save_dir is None:
+            raise ValueError(
+                f"`ckpt_interval` (={ckpt_interval}) was given without `save_dir`. Say where the files go."
+            )
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
+            raise ValueError(f"`seed` (={seed!r}) must be an integer from 0 to 2**32 - 1, or None.")
+        self._model_kwargs = _checked_kwargs("model_kwargs", model_kwargs, model_cls)
+        self._optimizer_kwargs = _checked_kwargs("optimizer_kwargs", optimizer_kwargs, optimizer_cls, [])
+        own = dict.fromkeys(_OWN_STRATEGY_ARGUMENTS, "the simulator's argument of the same name")
+        self._strategy_kwargs = {
+            "num_nodes": num_nodes,
+            "diloco_interval": diloco_interval,
+            "outer_optimizer_cls": outer_optimizer_cls,
+            "outer_optimizer_kwargs": outer_optimizer_kwargs,
+            "eval_weights": "outer",
+            **_checked_kwargs("strategy_kwargs", strategy_kwargs, DilocoStrategy, own=own),
+        }
+        self._trainer_kwargs = _checked_kwargs("trainer_kwargs", trainer_kwargs, L.Trainer, own=_OWN_TRAINER_ARGUMENTS)
+        DilocoStrategy(**self._strategy_kwargs)  # checks its arguments; every run has a strategy of its own
+        samples = _checked_length("train_dataset", train_dataset)
+        self.total = num_epochs * samples // (batch_size * num_nodes)
+        if max_local_step is not None:
+            self.total = min(max_local_step, self.total)
+        if self.total == 0:
+            raise ValueError(
+                f"The run would have no step: `num_epochs` (={num_epochs}) times {samples} samples are fewer than"
+                f" `batch_size` (={batch_size}) times `num_nodes` (={num_nodes}). Lower one of these two, or raise"
+                " `num_epochs`."
+            )
+        if eval_dataset is not None and _checked_length("eval_dataset", eval_dataset) == 0:
+            raise ValueError("`eval_dataset` is empty. Leave it out, or give it samples.")
+        self._model_cls, self._optimizer_cls, self._loss_fn = model_cls, optimizer_cls, loss_fn
+        self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
+        self._batch_size, self._cosine_anneal = batch_size, cosine_anneal
+        self._eval_iters, self._ckpt_interval = eval_iters, ckpt_interval
+        self._save_dir = None if save_dir is None else os.fspath(save_dir)
+        self._train_loss_hook, self._eval_loss_hook = train_loss_hook, eval_loss_hook
+        self._seed = seed
+        self._run: tuple[SimulatorModule, L.Trainer, DilocoStrategy] | None = None
+
+    def train(self, ckpt_path: str | os.PathLike[str] | None = None) -> None:
+        """Trains a new model, or continues from a checkpoint file.
+
+        Args:
+            ckpt_path: a file written by an earlier run. With N ≥ 2 workers the rest of the run is bit for bit that of
+                the uninterrupted one. From ``final.ckpt`` a longer run (``num_epochs``) goes on with a new pass.
+        """
+        if self._seed is not None:
+            L.seed_everything(self._seed, verbose=False)
+        model, strategy = self._model_cls(**self._model_kwargs), DilocoStrategy(**self._strategy_kwargs)
+        cosine_steps = self.total if self._cosine_anneal else None
+        module = self.module_cls(model, self._loss_fn, self._optimizer_cls, self._optimizer_kwargs, cosine_steps)
+        given = self._trainer_kwargs.get("callbacks") or []
+        callbacks = [*(given if isinstance(given, (list, tuple)) else [given]), self._callback()]
+        options = {"devices": 1, "logger": False, **self._trainer_kwargs, "callbacks": callbacks}
+        trainer = L.Trainer(
+            strategy=strategy,
+            max_steps=self.total,
+            max_epochs=-1,  # `total` decides, also where a pass is shorter than usual
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+            **options,
+        )
+        self._run = module, trainer, strategy
+        loader = DataLoader(self._train_dataset, self._batch_size, shuffle=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")  # it has no argument
+            trainer.fit(module, loader, ckpt_path=None if ckpt_path is None else os.fspath(ckpt_path))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of the present or last run; after it, with the weights of θ."""
+        return self._present_run[0].model
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The Trainer of the present or last run."""
+        return self._present_run[1]
+
+    @property
+    def strategy(self) -> DilocoStrategy:
+        """The strategy of the present or last run: workers' weights, bytes sent, outer optimizer."""
+        return self._present_run[2]
+
+    @property
+    def _present_run(self) -> tuple[SimulatorModule, L.Trainer, DilocoStrategy]:
+        if self._run is None:
+            raise RuntimeError("`model`, `trainer` and `strategy` exist from the first call of `train()` on.")
+        return self._run
+
+    def _callback(self) -> "SimulatorCallback":
+        data = self._eval_dataset
+        batches = None if data is None else DataLoader(data, self._batch_size)
+        return SimulatorCallback(
+            self._train_loss_hook,
+            self._eval_loss_hook,
+            batches,
+            self._eval_iters,
+            self._ckpt_interval,
+            self._save_dir,
+        )
+
+
+def _check_class(name: str, cls: Any, base: type) -> None:
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise ValueError(f"`{name}` (={cls!r}) must be a class of {base.__module__}.{base.__qualname__}.")
+
+
+def _checked_length(name: str, dataset: Any) -> int:
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"`{name}` (={dataset!r}) must be a dataset with `__len__` and `__getitem__`. Streams work with a"
+            " DilocoStrategy in your own Trainer."
+        )
+    return len(dataset)
+
+
+def _checked_kwargs(
+    name: str, kwargs: Any, cls: Callable[..., Any], *args: Any, own: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """``kwargs`` as a new dict, if ``cls(*args, **kwargs)`` has such arguments and none is decided elsewhere."""
+    if not isinstance(kwargs, (Mapping, type(None))):
+        raise ValueError(f"`{name}` (={kwargs!r}) must be a dict or None.")
+    given = dict(kwargs or {})
+    for key in given:
+        if own and key in own:
+            raise ValueError(f"`{name}` has {key!r} (={given[key]!r}), which is decided by {own[key]}. Leave it out.")
+    try:
+        inspect.signature(cls).bind(*args, **given)
+    except TypeError as error:
+        raise ValueError(f"`{name}` (={given!r}) doesn't fit {cls.__name__}: {error}.") from error
+    return given
