@@ -16,7 +16,7 @@ from test_algorithms import DataParallel, Gossip, PeriodicAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_diloco import DilocoCallback, DilocoStrategy, comm
+from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy, comm
 from lightning_diloco.replicas import same_bits
 
 LAYOUTS = [1, 2, 4]
@@ -519,3 +519,44 @@ def test_bytes_handed_to_collectives_match_the_closed_form(
     for counts in run(sent, size, out=tmp_path / "out"):
         unused = ("all_reduce",) if reduction == "ordered" else ("to owners", "results")
         assert counts == {**expected, **dict.fromkeys(unused, 0)}
+
+
+# -------------------------------------------------------------------------------------------- the facade
+
+
+def test_the_simulator_gives_the_same_statistics_over_two_processes(tmp_path: Path) -> None:
+    def simulate(size: int, path: str | None = None) -> tuple[list[Any], dict[str, Any]]:
+        stats: list[Any] = []
+        data = regression_data(70, dtype=torch.float64)
+        simulator = DilocoSimulator(
+            model_cls=nn.Linear,
+            model_kwargs={"in_features": 3, "out_features": 1, "dtype": torch.float64},
+            train_dataset=data,
+            eval_dataset=data,
+            loss_fn=nn.functional.mse_loss,
+            num_nodes=4,
+            diloco_interval=3,
+            batch_size=2,
+            num_epochs=2,
+            train_loss_hook=stats.append,
+            eval_loss_hook=stats.append,
+            ckpt_interval=2,
+            save_dir=str(tmp_path / str(size)),
+            seed=1,
+            trainer_kwargs={"accelerator": "cpu", "devices": size, "enable_progress_bar": False},
+        )
+        simulator.train(ckpt_path=path)
+        return stats, {k: v.clone() for k, v in simulator.model.state_dict().items()}
+
+    (one,), two = run(simulate, 1, 1, out=tmp_path / "a"), run(simulate, 2, 2, out=tmp_path / "b")
+    assert two[1][0] == []  # hooks run on the first process
+    assert [type(s) for s in one[0]] == [type(s) for s in two[0][0]]
+    for mine, theirs in zip(one[0], two[0][0], strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-12)
+        assert repr(mine).split("local_step")[1:] == repr(theirs).split("local_step")[1:] or "perplexity" in repr(mine)
+    for _, state in two:
+        assert_equal(state, one[1])
+    resumed = run(simulate, 2, 2, str(tmp_path / "1" / "step=000006.ckpt"), out=tmp_path / "c")
+    assert_equal(resumed[0][1], one[1])
+    after = [s for s in one[0] if s.local_step > 6]
+    assert [s.local_step for s in resumed[0][0]] == [s.local_step for s in after]
