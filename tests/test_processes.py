@@ -1,5 +1,6 @@
 """Is a run the same however its workers are dealt over processes?"""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,16 @@ class Spoilt(Project):
         return self.trainer.strategy.current_worker
 
 
+class Rests(Project):
+    """The first process's workers learn nothing, so that only others have something to synchronise at the end."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda p: torch.optim.SGD(p, lr=0.1), batch_norm=False)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float(self.trainer.strategy.current_worker >= 2)
+
+
 class ComesAndGoes(Project):
     """Some workers have buffers that others lack, or of another shape; some never use a layer."""
 
@@ -237,6 +248,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "propagate": {"make": Spoilt, "strategy": {"nonfinite": "propagate"}, "max_steps": 9},
     "comes and goes": {"make": ComesAndGoes, "strategy": {"inner_state": "average"}},
     "manual": {"make": Manual},
+    "rests": {"make": Rests, "max_steps": 2},
     "schedule-free": {"make": ScheduleFree},
     "stream": {"data": Stream(), "shuffle": False},
     "partition": {"strategy": {"partition": thirds}},
@@ -293,6 +305,30 @@ def test_all_reduce_agrees_after_one_round(tmp_path: Path) -> None:
         norms = [[r.pseudo_gradient_norm for r in result["reports"]] for result in (one, other)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-6)
         assert [r.cosine for r in other["reports"]] == [None]  # nobody sees another's Δ
+
+
+def test_all_reduce_in_teams_is_the_mean_of_the_workers(tmp_path: Path) -> None:
+    setting: dict[str, Any] = {"make": smooth, "precision": "64-true", "samples": 80, "max_steps": 3}
+    setting["strategy"] = {"num_nodes": 2, "diloco_interval": 3, "reduction": "all_reduce"}
+    two, four = layout(tmp_path, 1, batch=8, **setting), layout(tmp_path, 4, batch=4, **setting)
+    for key, value in two["theta"].items():
+        torch.testing.assert_close(four["theta"][key], value, rtol=0, atol=1e-12)
+
+
+def test_all_start_from_the_first_processs_weights_and_seed(tmp_path: Path) -> None:
+    """Without `seed_everything`, and with generators that differ from process to process."""
+
+    def fit(size: int) -> dict[str, Any]:
+        torch.manual_seed(3 + 4 * int(os.environ.get("LOCAL_RANK", 0)))
+        module = Project()
+        nn.init.normal_(module.net[0].weight)
+        strategy = DilocoStrategy(num_nodes=2, diloco_interval=3)
+        t = trainer(strategy, devices=size, max_steps=7, default_root_dir=tmp_path)
+        t.fit(module, loader(regression_data(70), 4))
+        return {w: strategy.worker_state_dict(w) for w in strategy.local_workers}
+
+    (one,), two = run(fit, 1, 1, out=tmp_path / "one"), run(fit, 2, 2, out=tmp_path / "two")
+    assert_equal(two[0] | two[1], one)
 
 
 def test_auto_is_ordered_on_one_machine_and_all_reduces_across_machines(tmp_path: Path) -> None:
@@ -469,6 +505,38 @@ def test_a_file_of_any_layout_resumes_on_any_other(step: int, tmp_path: Path) ->
             for key in ("workers", "inner", "theta", "outer", "module", "bytes"):
                 assert_equal(result[key], whole[key], f"{source} to {target}: {key}")
             assert_equal(result["steps"], whole["steps"][step:], f"{source} to {target}")
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_teams_resume_where_they_were(step: int, tmp_path: Path) -> None:
+    """With a random stream per process, and in the middle of an accumulation."""
+    setting: dict[str, Any] = {
+        "strategy": {"num_nodes": 2, "diloco_interval": 4},
+        "accumulate_grad_batches": 2,
+        "batch": 2,
+        "max_steps": 9,
+    }
+
+    def resumed(path: Path) -> dict[str, Any]:
+        return train(tmp_path, 4, resume=path, **setting)
+
+    class SaveInWindow(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 0 and batch_idx == 2 * step:
+                trainer.save_checkpoint(tmp_path / "window.ckpt")
+
+    whole = layout(tmp_path, 4, more=lambda: [SaveInWindow()], **setting)
+    again = joined(run(resumed, 4, tmp_path / "window.ckpt", out=tmp_path / "resumed"))
+    for key in ("workers", "inner", "theta", "outer", "bytes"):
+        assert_equal(again[key], whole[key], key)
+    state = torch.load(tmp_path / "window.ckpt", weights_only=True)["diloco"]
+    assert [len(state["workers"][w]["team"]) for w in range(2)] == [1, 1]
+    random = [m["random"]["cpu"] for w in range(2) for m in (state["workers"][w], *state["workers"][w]["team"])]
+    assert len({tuple(r.tolist()) for r in random}) == 4
+    with pytest.warns(
+        UserWarning, match=r"^Resuming workers of 2 processes each with 1: the batch of a worker is now 1"
+    ):
+        train(tmp_path, 1, resume=tmp_path / "window.ckpt", **setting)
 
 
 # -------------------------------------------------------------------------------------------- traffic
