@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -63,6 +64,20 @@ class DilocoFitLoop(_FitLoop):
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
                 " to its workers. Use `training_step(self, batch, batch_idx)`."
             )
+
+    @property
+    def restarting(self) -> bool:
+        """Whether an unfinished epoch goes on. With ``max_steps`` Lightning says so after a complete one, too: it then
+        runs an empty epoch, and the next one reads the data of the one after it.
+        """
+        return bool(self._restarting)
+
+    @restarting.setter
+    def restarting(self, restarting: bool) -> None:
+        current: Any = self.epoch_progress.current
+        complete = current.ready == current.started == current.processed
+        loop = _Loop if complete and self._strategy.num_workers > 1 else _FitLoop
+        loop.restarting.fset(self, restarting and not complete)  # type: ignore[attr-defined]
 
     @override
     def on_run_start(self) -> None:
