@@ -105,7 +105,7 @@ class Comm:
             names: which tensors, in the same order on all processes.
             read: gives worker i's tensors; called for workers hosted here only. All workers' have the same shapes and
                 dtypes.
-            workers: who takes part, in ascending order; default all.
+            workers: who takes part; default all.
             weights: one weight ≥ 0 per participant, normalised to sum 1 here; default 1/N each.
             what: what the ledger calls it; None for means that no real cluster would send.
             like: name → a tensor of the right shape, dtype and device; default: what ``read`` gives for the first
@@ -120,19 +120,24 @@ class Comm:
                 f"`weights` (={list(weights)}) must hold one number ≥ 0 for each of the {len(workers)} participants"
                 " and not only zeros."
             )
-        if like is None:
-            like = read(self.world.workers[0])
+        if weights is not None:
+            weights = [weight for _, weight in sorted(zip(workers, weights, strict=True))]
+        workers = sorted(workers)
         if self.world.size == 1:
-            values, result = [read(w) for w in workers], {}
+            values, result, sent = [read(w) for w in workers], {}, 0
             for name in names:
                 held = [tensors[name] for tensors in values]
                 result[name] = mean_of(held, weights)
+                sent += held[0].nbytes
                 if self.observer is not None:
                     self.observer.saw(what, name, 0, [*map(_flat, held)], _flat(result[name]))
         else:
-            result = self._mean_over_processes(names, read, workers, weights, what, like)
+            own = read(self.world.workers[0]) if like is None else like
+            shapes = {n: _shape_of(own[n]) for n in names}
+            result = self._mean_over_processes(names, read, workers, weights, what, shapes)
+            sent = sum(t.nbytes for t in shapes.values())
         if what is not None:
-            self.record(what, sum(like[name].nbytes for name in names))
+            self.record(what, sent)
         return result
 
     def _mean_over_processes(
@@ -148,8 +153,12 @@ class Comm:
         world, here = self.world, [w for w in participants if w in self.world.workers]
         total = len(participants) if weights is None else sum(weights)
         shares = {w: (1 if weights is None else weights[i]) / total for i, w in enumerate(participants)}
-        real = {n: _real(like[n]) for n in names}
-        result = {n: _flat(t).new_empty(t.shape, dtype=_accumulator(t.dtype)) for n, t in real.items()}
+        result = {
+            n: torch.empty(
+                (*t.shape, 2) if t.is_complex() else t.shape, dtype=_accumulator(t.dtype.to_real()), device=t.device
+            )
+            for n, t in like.items()
+        }
         latest: dict[int, tuple[str, Tensor]] = {}  # Δ_i is computed when read: a tensor of many chunks only once
 
         def piece(worker: int, name: str, start: int, stop: int) -> Tensor:
@@ -158,9 +167,9 @@ class Comm:
             return latest[worker][1][start:stop]
 
         for segments in _chunks(names, like):
-            template = like[segments[0][0]]
+            kind = like[segments[0][0]]
             width = -(-sum(stop - start for _, start, stop in segments) // world.size)
-            rows = _flat(template).new_zeros(len(here), width * world.size)
+            rows = torch.zeros(len(here), width * world.size, dtype=kind.dtype.to_real(), device=kind.device)
             for row, worker in zip(rows, here, strict=True):
                 at = 0
                 for name, start, stop in segments:
@@ -255,7 +264,7 @@ class Comm:
         if len(set(flat)) != len(flat) or not set(flat) <= set(self.workers):
             raise ValueError(f"`pairs` (={pairs}) must be disjoint pairs of different workers out of {self.workers}.")
         received: dict[int, dict[str, Tensor]] = {}
-        for own, partner in [*pairs, *((b, a) for a, b in pairs)]:
+        for own, partner in [pair for a, b in pairs for pair in ((a, b), (b, a))]:  # all processes pair after pair
             if own not in world.workers:
                 continue
             if partner in world.workers:
@@ -287,7 +296,7 @@ def _chunks(names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[t
     for kind in kinds:
         group, free = [], CHUNK
         for name in names:
-            size, at = _real(like[name]).numel(), 0
+            size, at = like[name].numel() * (1 + like[name].is_complex()), 0
             while (like[name].dtype, like[name].device) == kind and at < size:
                 stop = min(size, at + free)
                 group.append((name, at, stop))
@@ -297,6 +306,11 @@ def _chunks(names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[t
                     group, free = [], CHUNK
         if group:
             yield group
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and device that takes no memory; nobody looks at its values."""
+    return tensor.new_empty(()).expand(tensor.shape)
 
 
 def _real(tensor: Tensor) -> Tensor:

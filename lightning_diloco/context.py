@@ -66,13 +66,15 @@ class _Likeness:
         for at in range(0, len(mean), CHUNK):
             pieces = [t[at : at + CHUNK].double() for t in (mean, *rows)]
             if what == "weights":
-                real = self._theta[name]
-                real = (torch.view_as_real(real) if real.is_complex() else real).reshape(-1).double()
-                pieces = [real[start + at : start + at + len(pieces[0])] - piece for piece in pieces]
+                theta = self._theta[name]
+                theta = (torch.view_as_real(theta) if theta.is_complex() else theta).reshape(-1)
+                old = theta[start + at : start + at + len(pieces[0])].double()
+                pieces = [old - piece for piece in pieces]
             square = pieces[0] @ pieces[0]
             self._square = square if self._square is None else self._square + square
             if rows:
-                products = torch.stack(pieces[1:]) @ torch.stack(pieces[1:]).T
+                stacked = torch.stack(pieces[1:])
+                products = stacked @ stacked.T
                 self._products = products if self._products is None else self._products + products
 
     def parts(self) -> tuple[float | None, list[list[float]] | None]:

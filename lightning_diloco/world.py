@@ -8,7 +8,7 @@ is a team of k = W/N processes that average their gradients. Process r hosts the
 is number r mod k of worker ⌊r/k⌋'s team: a worker's team is contiguous, so that it shares a machine if it can.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -102,8 +102,9 @@ class World:
         """
         if self.size == 1:
             return [value]
+        self.wait(where)
         seen: list[Any] = [None] * self.size
-        with self.waiting(where):
+        with self.talking(where):
             dist.all_gather_object(seen, (where, value), group=self._control)
         if len({place for place, _ in seen}) > 1:
             places = "; ".join(f"process {r} is at {place}" for r, (place, _) in enumerate(seen))
@@ -113,14 +114,20 @@ class World:
             )
         return [value for _, value in seen]
 
+    def wait(self, where: str) -> None:
+        """Waits until all processes are here.
+
+        Raises:
+            RuntimeError: a process did not come within the timeout; on process 0 it says which.
+        """
+        if self.size > 1:
+            with self.talking(where):
+                dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
+
     @contextmanager
-    def waiting(self, where: str) -> Iterator[None]:
-        """Inside, all processes talk; beforehand each waits until all are there, so that a missing one can be named."""
-        if self.size == 1:
-            yield
-            return
+    def talking(self, where: str) -> Iterator[None]:
+        """Inside, processes exchange something; if that fails, the error says where it was."""
         try:
-            dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
             yield
         except RuntimeError as error:
             raise RuntimeError(
@@ -194,7 +201,8 @@ class World:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
             tensors = [_real(t) for t in [*gradients, has]]
             flat = torch.cat([t.reshape(-1) for t in tensors]).div_(self.team)
-            dist.all_reduce(flat, group=self._team_group)
+            with self.talking("the mean of its team's gradients"):
+                dist.all_reduce(flat, group=self._team_group)
             *means, present = torch.split(flat, [t.numel() for t in tensors])
             for p, gradient, mean, somewhere in zip(some, gradients, means, present.tolist(), strict=True):
                 if somewhere:
@@ -209,25 +217,28 @@ class World:
             dist.all_reduce(mean, group=self._team_group)
         return mean
 
-    @torch.no_grad()
-    def share_in_team(self, tensors: Sequence[Tensor]) -> None:
+    def share_in_team(self, tensors: Iterable[Tensor]) -> None:
         """The team's first member's values become everybody's, in place, as DDP does with buffers."""
         if self.team > 1:
-            for tensor in tensors:
-                source = tensor.contiguous()
-                dist.broadcast(_real(source), self.host(self.workers[0]), group=self._team_group)
-                if source is not tensor:
-                    tensor.copy_(source)
+            with self.talking("the buffers of its team"):
+                _share(tensors, self.host(self.workers[0]), self._team_group)
 
-    @torch.no_grad()
     def share_first(self, tensors: Iterable[Tensor]) -> None:
         """Process 0's values become everybody's, in place."""
         if self.size > 1:
-            for tensor in tensors:
-                source = tensor.contiguous()
-                dist.broadcast(_real(source), 0)
-                if source is not tensor:
-                    tensor.copy_(source)
+            with self.talking("the first process's weights"):
+                _share(tensors, 0, None)
+
+
+@torch.no_grad()
+def _share(tensors: Iterable[Tensor], source: int, group: Any) -> None:
+    """Broadcasts bits, which every back end can, whatever the dtype."""
+    for tensor in tensors:
+        values = tensor.contiguous()
+        if values.numel():
+            dist.broadcast(values.view(-1).view(torch.uint8), source, group=group)
+        if values is not tensor:
+            tensor.copy_(values)
 
 
 def check_layout(num_workers: int, size: int, started_by: str = "") -> None:

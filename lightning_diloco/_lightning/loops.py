@@ -433,12 +433,12 @@ def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
     return {**first, "loss": torch.stack(losses).mean()} if "loss" in first else first
 
 
-def _worker_values(results: _ResultCollection, on_step: bool) -> Mapping[str, torch.Tensor]:
+def _worker_values(results: _ResultCollection, on_step: bool) -> Mapping[str, float]:
     assert isinstance(results, WorkerResults)
     return results.worker_values(on_step)
 
 
-def _log(trainer: Trainer, values: Mapping[str, torch.Tensor], step: int) -> None:
+def _log(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
     if values:
         for logger in trainer.loggers:
-            logger.log_metrics({k: float(v) for k, v in values.items()}, step=step)
+            logger.log_metrics(dict(values), step=step)

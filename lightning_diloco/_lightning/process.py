@@ -310,12 +310,18 @@ class ProcessStrategy(SingleDeviceStrategy):
             self._only_returns = False
 
     @override
-    def post_backward(self, closure_loss: torch.Tensor) -> None:
-        super().post_backward(closure_loss)
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The base class's, with the mean before ``on_after_backward``, as under DDP."""
         module = self.lightning_module
         assert module is not None
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
         if self.world.team > 1 and not (module.automatic_optimization and accumulating(module.trainer)):
             self._average_gradients()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
 
     def _average_gradients(self) -> None:
         if self.world.team > 1:
@@ -328,24 +334,23 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            with self.world.waiting(" ".join(["a barrier", *map(repr, args)])):
-                pass
+            self.world.wait(" ".join(["a barrier", *map(repr, args)]))
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self.world.size == 1 or self._alone:
             return obj
         objects = [obj]
-        with self.world.waiting("a broadcast"):
-            torch.distributed.broadcast_object_list(objects, src)
+        self.world.wait("a broadcast")
+        torch.distributed.broadcast_object_list(objects, src)
         return objects[0]
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", **_: Any) -> Any:
         if self.world.size == 1 or not isinstance(tensor, Tensor):
             return tensor
-        with self.world.waiting("a reduction (sync_dist=True does one)"):
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        self.world.wait("a reduction (sync_dist=True does one)")
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -358,8 +363,8 @@ class ProcessStrategy(SingleDeviceStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self.world.size == 1:
             return tensor
-        with self.world.waiting("all_gather"):
-            return _all_gather_ddp_if_available(tensor, group, sync_grads)
+        self.world.wait("all_gather")
+        return _all_gather_ddp_if_available(tensor, group, sync_grads)
 
     @property
     def deals_training_data(self) -> bool:

@@ -83,13 +83,19 @@ class WorkerResults(_ResultCollection):
                 metric._forward_cache = _reduction(metric.meta)(torch.stack([v.to(device) for v in values]))
         self._step_values = {}
 
-    def worker_values(self, on_step: bool) -> Mapping[str, Tensor]:
-        """``key/worker_i`` → value, for all keys meant for loggers."""
-        return {
-            f"{name}/worker_{w}": value
+    def worker_values(self, on_step: bool) -> Mapping[str, float]:
+        """``key/worker_i`` → value, for all workers and all keys meant for loggers."""
+        if not self._own:
+            return {}
+        values = {
+            f"{name}/worker_{w}": float(value)
             for w, own in self._own.items()
             for name, value in own.metrics(on_step)["log"].items()
         }
+        everybody = self._world.meet("DilocoCallback(per_worker=True)", values)
+        return {
+            key: value for theirs in reversed(everybody) for key, value in theirs.items()
+        }  # a team's first member's
 
     @override
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
