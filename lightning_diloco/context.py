@@ -205,7 +205,7 @@ class SyncContext:
                 " weights into the module on different processes. Callbacks and hooks must write the same everywhere."
             )
         world.stopping = any(stop for _, stop, _ in everybody)
-        norms = {w: norm for theirs, _, _ in everybody for w, norm in theirs.items()}
+        norms = self._joined_norms([theirs for theirs, _, _ in everybody])
         scale = _norm(theta[n] for n in self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
         tolerant = self.num_workers == 1 or self.nonfinite == "propagate"
@@ -228,6 +228,18 @@ class SyncContext:
         likeness = self.comm.observer = _Likeness(theta)
         self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, likeness)
         return good
+
+    def _joined_norms(self, everybody: Sequence[Mapping[int, float]]) -> dict[int, float]:
+        norms: dict[int, float] = {}
+        for w, norm in (item for theirs in everybody for item in theirs.items()):
+            if repr(norms.setdefault(w, norm)) != repr(norm):  # of another member of its team; NaN is itself
+                warnings.warn(
+                    f"The processes of worker {w} hold different weights at local step {self.local_steps}, and the"
+                    " outer step mixes them. Look for random numbers in the optimizer's step, gradients that bypass"
+                    " `manual_backward`, or different hardware.",
+                    stacklevel=3,
+                )
+        return norms
 
     @torch.no_grad()
     def restart(

@@ -246,7 +246,10 @@ class Engine:
         if self.transparent:
             self._public.take_over()  # follows tensors that were replaced
         self._inner.share_outside_changes()
-        return self._exchanged(self.algorithm.after_inner_step(self.local_steps))
+        reports = self.algorithm.after_inner_step(self.local_steps)
+        if not reports and self.context.due(self.local_steps):  # an algorithm that meets in its own way, or never
+            self.world.share_stop(f"the end of a round after {self.local_steps} local steps")
+        return self._exchanged(reports)
 
     def share_buffers_in_team(self) -> None:
         """Where several processes make up a worker, its first one's buffers hold, as under DDP."""

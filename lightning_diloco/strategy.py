@@ -526,7 +526,7 @@ class DilocoStrategy(ProcessStrategy):
         self._dealing = Dealing(
             world=self.world,
             seed=self._seed,
-            partition=None if self._partition is None else self._partition_on_first,
+            partition=self._partition,
             use_distributed_sampler=readings.uses_distributed_sampler(trainer),
             overfit=readings.overfits(trainer),
         )
@@ -539,12 +539,6 @@ class DilocoStrategy(ProcessStrategy):
     @override
     def deals_training_data(self) -> bool:
         return self._dealing is not None and (self._num_workers > 1 or self._partition is not None)
-
-    def _partition_on_first(self, dataset: Any, num_workers: int) -> Sequence[Sequence[int]]:
-        assert self._partition is not None
-        partition = self._partition
-        parts: Sequence[Sequence[int]] = self.world.first_decides(lambda: partition(dataset, num_workers))
-        return parts
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -8,6 +8,7 @@ is a team of k = W/N processes that average their gradients. Process r hosts the
 is number r mod k of worker ⌊r/k⌋'s team: a worker's team is contiguous, so that it shares a machine if it can.
 """
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -135,6 +136,10 @@ class World:
                 f" (at most `timeout` = {self._timeout} was waited). Its own output tells why. {error}"
             ) from error
 
+    def share_stop(self, where: str) -> None:
+        """All learn whether one of them was told to end."""
+        self.stopping = any(self.meet(where, self.stop_requested))
+
     def agree(self, where: str, value: dict[str, Any]) -> None:
         """Checks that all processes were given the same.
 
@@ -160,7 +165,7 @@ class World:
             try:
                 outcome = [decide(), None]
             except Exception as error:
-                outcome = [None, error]
+                outcome = [None, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")]
         dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -239,6 +244,15 @@ def _share(tensors: Iterable[Tensor], source: int, group: Any) -> None:
             dist.broadcast(values.view(-1).view(torch.uint8), source, group=group)
         if values is not tensor:
             tensor.copy_(values)
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an exception survives pickling; those with constructors of their own may not."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def check_layout(num_workers: int, size: int, started_by: str = "") -> None:

@@ -35,6 +35,16 @@ class Trouble(L.Callback):
             self.what()
 
 
+class InValidation(Trouble):
+    """In the validation after step 6."""
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        super().on_train_batch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, *_):
+        pass
+
+
 def fit(folder: Path, callbacks: list[Any], workers: int = 4, devices: int = 3, **strategy: Any) -> Any:
     L.seed_everything(5, verbose=False)
     diloco = DilocoStrategy(num_nodes=workers, diloco_interval=4, timeout=TIMEOUT, **strategy)
@@ -239,19 +249,23 @@ def test_other_processes_workers_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings(OF_LIGHTNINGS)
-@pytest.mark.parametrize("receiver", [0, 1])
+@pytest.mark.parametrize(("receiver", "during"), [(0, "training"), (1, "training"), (1, "validation")])
 def test_sigterm_stops_all_after_the_next_synchronisation_with_a_file_that_resumes(
-    receiver: int, tmp_path: Path
+    receiver: int, during: str, tmp_path: Path
 ) -> None:
     def run(resume: bool = False) -> Any:
         L.seed_everything(5, verbose=False)
         diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=TIMEOUT)
-        trouble = Trouble(-1 if resume else receiver, lambda: os.kill(os.getpid(), signal.SIGTERM), tmp_path)
+        trouble = (Trouble if during == "training" else InValidation)(
+            -1 if resume else receiver, lambda: os.kill(os.getpid(), signal.SIGTERM), tmp_path
+        )
         t = trainer(
             diloco, devices=2, max_steps=14, max_epochs=-1, default_root_dir=tmp_path, enable_checkpointing=True,
+            val_check_interval=3,
             callbacks=[OnExceptionCheckpoint(tmp_path, "rescue"), trouble],
         )  # fmt: skip
-        t.fit(Project(), loader(regression_data(72), 4), ckpt_path=tmp_path / "rescue.ckpt" if resume else None)
+        path = tmp_path / "rescue.ckpt" if resume else None
+        t.fit(Project(), loader(regression_data(72), 4), loader(regression_data(8), shuffle=False), ckpt_path=path)
         return [diloco.worker_state_dict(w) for w in diloco.local_workers]
 
     stopped = outcomes(start(run, 2, (), tmp_path / "out"), tmp_path / "out")

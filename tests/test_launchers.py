@@ -50,6 +50,9 @@ if __name__ == "__main__":
         time.sleep(8)  # longer than Lightning's observer of child processes sleeps
         open(f"survived {trainer.global_rank}", "w").write("")
         sys.exit(3)
+    if "outlive" in sys.argv and trainer.global_rank == 1:
+        time.sleep(3)
+        open("outlived", "w").write("")
     if trainer.is_global_zero:
         torch.save(module.state_dict(), f"{sys.argv[1]}.pt")
 """
@@ -106,6 +109,14 @@ def test_none_stays_behind_when_one_is_killed(method: str, victim: int | None, t
     assert parent.wait(20) != 0
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
+
+
+def test_a_process_may_work_on_after_the_fit_when_its_parent_is_gone(tmp_path: Path) -> None:
+    assert call(tmp_path, "popen", "outlive").returncode == 0
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "outlived").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_script_that_catches_its_own_error_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:

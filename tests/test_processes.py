@@ -1,5 +1,6 @@
 """Is a run the same however its workers are dealt over processes?"""
 
+import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from helpers import Net, loader, regression_data, trainer
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import CSVLogger
 from processes import run
 from test_algorithms import DataParallel, Gossip, PeriodicAveraging
 from torch import nn
@@ -19,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy, comm
 from lightning_diloco.replicas import same_bits
+from lightning_diloco.world import World
 
 LAYOUTS = [1, 2, 4]
 
@@ -180,6 +183,7 @@ class ComesAndGoes(Project):
         self.scale = nn.Parameter(torch.ones(2, dtype=torch.complex64))
         self.bf16 = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         self.register_buffer("sizes", torch.zeros(1))
+        self.register_buffer("codes", torch.arange(3, dtype=torch.int16))  # which gloo can't send as such
 
     def training_step(self, batch, batch_idx):
         worker = self.trainer.strategy.current_worker
@@ -413,7 +417,13 @@ class OwnStep(Plain):
         optimizer.optimizer.step()
 
 
+class ClipsAfterBackward(Plain):
+    def on_after_backward(self):
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
 DDP: dict[str, dict[str, Any]] = {
+    "on_after_backward": {"cls": ClipsAfterBackward},
     "as it comes": {},
     "accumulation, clipping": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
     "manual": {"manual": True},
@@ -460,6 +470,68 @@ def test_one_worker_of_two_processes_is_lightnings_ddp(setting: str, seeded: boo
     if setting != "manual":
         assert_equal(ours[0][0], theirs[0][0])  # DDP shares buffers before the next forward: the first process's hold
     assert_equal(ours[1][0], ours[0][0])
+
+
+class Noisy(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(torch.randn_like(p), alpha=0.01)
+        return loss
+
+
+def test_members_of_a_team_that_drift_apart_are_noticed(tmp_path: Path) -> None:
+    def fit() -> None:
+        strategy = DilocoStrategy(num_nodes=2, diloco_interval=3)
+        t = trainer(strategy, devices=4, max_steps=3, default_root_dir=tmp_path)
+        with pytest.warns(UserWarning, match=r"^The processes of worker [01] hold different weights at local step 3,"):
+            t.fit(smooth(lambda p: Noisy(p, lr=0.1)), loader())
+
+    run(fit, 4, out=tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------- exchange and logs
+
+
+def test_pairs_that_cross_processes_in_either_direction_swap(tmp_path: Path) -> None:
+    def talk(size: int) -> tuple[dict[int, float], float]:
+        world = World(4, int(os.environ.get("LOCAL_RANK", 0)), size)
+        if size > 1:
+            dist.init_process_group("gloo", rank=world.rank, world_size=size)
+            world.connect(None, {})
+        over = comm.Comm(world, lambda: 0)
+        held = {w: {"x": torch.full((3,), float(w))} for w in world.workers}
+        received = over.exchange([(0, 2), (3, 1)], ["x"], held.__getitem__)
+        mean = over.mean(["x"], held.__getitem__, workers=[2, 0], weights=[3, 1])["x"][0].item()
+        return {w: tensors["x"][2].item() for w, tensors in received.items()}, mean
+
+    for size in LAYOUTS:
+        results = run(talk, size, size, out=tmp_path / str(size))
+        assert {w: v for received, _ in results for w, v in received.items()} == {0: 2.0, 1: 3.0, 2: 0.0, 3: 1.0}
+        assert [mean for _, mean in results] == [1.5] * size
+
+
+def test_logs_per_worker_are_complete_on_the_first_process(tmp_path: Path) -> None:
+    def logged(size: int) -> list[dict[str, str]]:
+        folder = tmp_path / f"logs of {size}"
+        L.seed_everything(5, verbose=False)
+        t = trainer(
+            DilocoStrategy(num_nodes=4, diloco_interval=4),
+            devices=size,
+            max_steps=5,
+            callbacks=[DilocoCallback(per_worker=True)],
+            logger=CSVLogger(folder, name="", version=""),
+        )
+        t.fit(Project(), loader(regression_data(72), 4))
+        if not t.is_global_zero:
+            return []
+        with open(folder / "metrics.csv") as file:
+            return [{k: v for k, v in row.items() if "worker" in k and v} for row in csv.DictReader(file)]
+
+    one, two, four = (run(logged, size, size, out=tmp_path / str(size))[0] for size in LAYOUTS)
+    assert {key for row in one for key in row} >= {f"loss_step/worker_{w}" for w in range(4)}
+    assert one == two == four
 
 
 # -------------------------------------------------------------------------------------------- checkpoints

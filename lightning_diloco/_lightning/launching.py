@@ -7,12 +7,13 @@ what a process does in between. Private because Lightning's launchers and signal
 import os
 import sys
 import threading
-import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -40,21 +41,26 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self.procs.clear()  # Lightning's observer of this list would kill this process, too
 
 
-def watch_parent(launcher: Any, environment: Any) -> None:
-    """Ends this process when the one that started it is gone: the next exchange, which would fail, may be far away."""
-    parent = int(os.environ.pop(_PARENT, 0))
-    if isinstance(launcher, _MultiProcessingLauncher) or isinstance(environment, TorchElasticEnvironment):
-        parent = os.getppid()
-    if not parent or os.name == "nt":  # a process of the user's own, or a system that doesn't tell
-        return
+def watch_parent(launcher: Any, environment: Any) -> Callable[[], None]:
+    """Ends this process when the one that started it is gone: the next exchange, which would fail, may be far away.
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        print(f"lightning_diloco: process {os.getpid()} ends because its parent {parent} is gone.", file=sys.stderr)
-        os._exit(1)
+    Returns:
+        What ends the watch: a process may outlive its parent when it waits for nobody.
+    """
+    over = threading.Event()
+    started = os.environ.get(_PARENT) == str(os.getppid())  # else it is inherited from further up
+    started = started or isinstance(launcher, _MultiProcessingLauncher)
+    started = started or isinstance(environment, TorchElasticEnvironment)
+    if started and os.name != "nt":  # which doesn't tell
+        threading.Thread(target=_watch, args=(os.getppid(), over), name="watch over parent", daemon=True).start()
+    return over.set
 
-    threading.Thread(target=watch, name="lightning_diloco parent watch", daemon=True).start()
+
+def _watch(parent: int, over: threading.Event) -> None:
+    while not over.wait(0.5):
+        if os.getppid() != parent:
+            print(f"lightning_diloco: process {os.getpid()} ends because its parent {parent} is gone.", file=sys.stderr)
+            os._exit(1)
 
 
 class DilocoSignalConnector(_SignalConnector):
@@ -71,4 +77,4 @@ class DilocoSignalConnector(_SignalConnector):
         if not strategy.world.stop_requested and strategy.launcher is not None:
             strategy.launcher.kill(signum)
         strategy.world.stop_requested = True
-        self.received_sigterm = self.received_sigterm or not self.trainer.training
+        self.received_sigterm = self.received_sigterm or self.trainer.state.fn != TrainerFn.FITTING

@@ -85,6 +85,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
         self.cluster_environment = cluster_environment
         self.world = World(num_workers)
+        self._end_watch: Callable[[], None] = _nothing
         self._averaged = False  # whether the present backward pass has ended in a mean over the worker's team
         self._only_returns = False
 
@@ -219,7 +220,8 @@ class ProcessStrategy(SingleDeviceStrategy):
         if size == 1:
             self.world = World(self._num_workers)
             return
-        watch_parent(self._launcher, self.cluster_environment)
+        self._end_watch()  # of an earlier run that an exception ended
+        self._end_watch = watch_parent(self._launcher, self.cluster_environment)
         if self._num_workers == 1:
             reset_seed()  # as DDP does; several workers have random streams of their own
         self.set_world_ranks()
@@ -268,6 +270,7 @@ class ProcessStrategy(SingleDeviceStrategy):
                 self._sync_layers.revert(module)
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
+        self._end_watch()
         super().teardown()
 
     @override
@@ -383,6 +386,10 @@ _CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → it
     "_signal_connector": (_SignalConnector, DilocoSignalConnector),
     "_data_connector": (_DataConnector, DilocoDataConnector),
 }
+
+
+def _nothing() -> None:
+    """A module's function, so that strategies can be pickled."""
 
 
 def _shareable(module: torch.nn.Module) -> dict[str, Tensor]:

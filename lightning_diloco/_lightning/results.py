@@ -55,7 +55,11 @@ class WorkerResults(_ResultCollection):
             self._reduce, kwargs["sync_dist_fn"] = kwargs["sync_dist_fn"], self._reduce_outside_turns
         super().log(fx, name, value, *args, **kwargs)
         if self._worker in self._own and isinstance(value, Tensor):
-            self._own[self._worker].log(fx, name, value, *args, **kwargs)
+            alone = {
+                "sync_dist": True,
+                "sync_dist_fn": _as_it_is,
+            }  # a worker's own; without, Lightning advises sync_dist
+            self._own[self._worker].log(fx, name, value, *args, **{**kwargs, **alone})
 
     @override
     def update_metrics(self, key: str, value: Any, batch_size: int) -> None:
@@ -105,6 +109,10 @@ class WorkerResults(_ResultCollection):
 
     def _collections(self, worker: int) -> list[_ResultCollection]:
         return [self, *([self._own[worker]] if worker in self._own else [])]
+
+
+def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 def _reduction(meta: Any) -> Any:

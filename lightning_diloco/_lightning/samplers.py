@@ -238,7 +238,10 @@ def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
             custom = sampler if plain else batches
             raise ValueError(NO_PARTITION.format(what=f"the loader has a {type(custom).__name__} of its own"))
         workers = dealing.world.num_workers
-        parts = _checked_partition(dealing.partition(loader.dataset, workers), workers, len(loader.dataset))  # type: ignore[arg-type]
+        partition, dataset = dealing.partition, loader.dataset
+        parts = dealing.world.first_decides(
+            lambda: _checked_partition(partition(dataset, workers), workers, len(dataset))  # type: ignore[arg-type]
+        )
         rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit, team=dealing.world.team)
         return WorkerSampler(rounds, dealing.parts, size, drop_last)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
