@@ -22,6 +22,8 @@ from lightning_diloco.world import World
 CHUNK = 1 << 22
 """Elements that a process exchanges at a time, per worker."""
 
+_MEAN = "a mean over workers"
+
 Read = Callable[[int], Mapping[str, Tensor]]  # worker → named tensors
 
 
@@ -179,13 +181,15 @@ class Comm:
                 slices = self._slices_of(rows, participants, width)
                 own = mean_of(slices, weights)
                 chunk = own.new_empty(width * world.size)
-                dist.all_gather(list(torch.split(chunk, width)), own)  # all_gather_into_tensor has changed its name
+                with world.talking(_MEAN):
+                    dist.all_gather(list(torch.split(chunk, width)), own)  # all_gather_into_tensor has changed its name
             else:
                 slices = []
                 chunk = rows.new_zeros(width * world.size, dtype=_accumulator(rows.dtype))
                 for row, worker in zip(rows, here, strict=True):
                     chunk += row.to(chunk.dtype) * (shares[worker] / world.team)
-                dist.all_reduce(chunk)
+                with world.talking(_MEAN):
+                    dist.all_reduce(chunk)
             at = 0
             for name, start, stop in segments:
                 result[name].view(-1)[start:stop] = chunk[at : at + stop - start]
@@ -200,12 +204,10 @@ class Comm:
         sent = rows.view(len(rows), world.size, width)[:, mates].transpose(0, 1).reshape(-1)
         counts = {r: sum(w in participants for w in world.hosted_by(r)) if r in mates else 0 for r in range(world.size)}
         received = rows.new_empty(sum(counts.values()) * width)
-        dist.all_to_all_single(
-            received,
-            sent,
-            [counts[r] * width for r in range(world.size)],
-            [len(rows) * width if r in mates else 0 for r in range(world.size)],
-        )
+        to_receive = [counts[r] * width for r in range(world.size)]
+        to_send = [len(rows) * width if r in mates else 0 for r in range(world.size)]
+        with world.talking(_MEAN):
+            dist.all_to_all_single(received, sent, to_receive, to_send)
         return list(received.view(-1, width))
 
     def _show(
@@ -241,7 +243,8 @@ class Comm:
         if self.world.size > 1:
             for copy in copies.values():
                 flat = _flat(copy).contiguous()
-                dist.broadcast(flat, self.world.host(worker))
+                with self.world.talking(f"copies of worker {worker}'s tensors"):
+                    dist.broadcast(flat, self.world.host(worker))
                 _real(copy).copy_(flat.view_as(_real(copy)))
         return copies
 
@@ -275,8 +278,9 @@ class Comm:
             for name in names:
                 outgoing, incoming = _flat(read(own)[name]).contiguous(), _flat(received[own][name]).contiguous()
                 operations = [dist.P2POp(dist.isend, outgoing, rank), dist.P2POp(dist.irecv, incoming, rank)]
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
+                with world.talking(f"the swap between workers {own} and {partner}"):
+                    for work in dist.batch_isend_irecv(operations):
+                        work.wait()
                 target = _real(received[own][name])
                 target.copy_(incoming.view_as(target))
         if pairs:

@@ -103,9 +103,10 @@ class World:
         """
         if self.size == 1:
             return [value]
-        self.wait(where)
         seen: list[Any] = [None] * self.size
         with self.talking(where):
+            # first a barrier that tells process 0 who is missing
+            dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
             dist.all_gather_object(seen, (where, value), group=self._control)
         if len({place for place, _ in seen}) > 1:
             places = "; ".join(f"process {r} is at {place}" for r, (place, _) in enumerate(seen))
@@ -114,16 +115,6 @@ class World:
                 " different lengths, and for hooks that stop or validate on one process only."
             )
         return [value for _, value in seen]
-
-    def wait(self, where: str) -> None:
-        """Waits until all processes are here.
-
-        Raises:
-            RuntimeError: a process did not come within the timeout; on process 0 it says which.
-        """
-        if self.size > 1:
-            with self.talking(where):
-                dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
 
     @contextmanager
     def talking(self, where: str) -> Iterator[None]:
@@ -166,7 +157,8 @@ class World:
                 outcome = [decide(), None]
             except Exception as error:
                 outcome = [None, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")]
-        dist.broadcast_object_list(outcome, src=0, group=self._control)
+        with self.talking("a decision of the first process"):
+            dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -176,7 +168,8 @@ class World:
         if self.size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self._control)
+        with self.talking("a collection by the first process"):
+            dist.gather_object(value, gathered, dst=0, group=self._control)
         return gathered or []
 
     # ---------------------------------------------------------------------------------------- inside a team
@@ -219,7 +212,8 @@ class World:
         """The mean over the worker's team, as a new tensor."""
         mean = value.detach() / self.team
         if self.team > 1:
-            dist.all_reduce(mean, group=self._team_group)
+            with self.talking("the mean of its team's losses"):
+                dist.all_reduce(mean, group=self._team_group)
         return mean
 
     def share_in_team(self, tensors: Iterable[Tensor]) -> None:

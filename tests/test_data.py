@@ -1338,7 +1338,9 @@ def test_a_partition_is_asked_again_when_the_loader_is_reloaded():
         (lambda: DataLoader(Own(23), None), every_nth),
     ],
 )
-def test_a_process_that_hosts_some_workers_reads_their_batches_only(make, partition):
+def test_a_process_that_hosts_some_workers_reads_their_batches_only(make, partition, monkeypatch):
+    monkeypatch.setattr(World, "first_decides", lambda self, decide: decide())  # there are no other processes to ask
+
     def read(rank: int, size: int) -> tuple[int, list[dict[int, Any]]]:
         world = World(4, rank, size)
         loader = deal(make(), Dealing(world, 41, partition, use_distributed_sampler=True, overfit=False))

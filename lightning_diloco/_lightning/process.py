@@ -337,14 +337,14 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            self.world.wait(" ".join(["a barrier", *map(repr, args)]))
+            self.world.meet(" ".join(["a barrier", *map(repr, args)]))
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self.world.size == 1 or self._alone:
             return obj
         objects = [obj]
-        self.world.wait("a broadcast")
+        self.world.meet("a broadcast")
         torch.distributed.broadcast_object_list(objects, src)
         return objects[0]
 
@@ -352,7 +352,7 @@ class ProcessStrategy(SingleDeviceStrategy):
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", **_: Any) -> Any:
         if self.world.size == 1 or not isinstance(tensor, Tensor):
             return tensor
-        self.world.wait("a reduction (sync_dist=True does one)")
+        self.world.meet("a reduction (sync_dist=True does one)")
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
@@ -366,7 +366,7 @@ class ProcessStrategy(SingleDeviceStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self.world.size == 1:
             return tensor
-        self.world.wait("all_gather")
+        self.world.meet("all_gather")
         return _all_gather_ddp_if_available(tensor, group, sync_grads)
 
     @property
