@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_diloco.world import World
+from lightning_diloco.world import World, bits_of
 
 CHUNK = 1 << 22
 """Elements that a process exchanges at a time, per worker."""
@@ -182,7 +182,8 @@ class Comm:
                 own = mean_of(slices, weights)
                 chunk = own.new_empty(width * world.size)
                 with world.talking(_MEAN):
-                    dist.all_gather(list(torch.split(chunk, width)), own)  # all_gather_into_tensor has changed its name
+                    pieces = [bits_of(piece) for piece in torch.split(chunk, width)]
+                    dist.all_gather(pieces, bits_of(own))  # all_gather_into_tensor has changed its name
             else:
                 slices = []
                 chunk = rows.new_zeros(width * world.size, dtype=_accumulator(rows.dtype))
@@ -204,10 +205,11 @@ class Comm:
         sent = rows.view(len(rows), world.size, width)[:, mates].transpose(0, 1).reshape(-1)
         counts = {r: sum(w in participants for w in world.hosted_by(r)) if r in mates else 0 for r in range(world.size)}
         received = rows.new_empty(sum(counts.values()) * width)
-        to_receive = [counts[r] * width for r in range(world.size)]
-        to_send = [len(rows) * width if r in mates else 0 for r in range(world.size)]
+        nbytes = width * rows.itemsize
+        to_receive = [counts[r] * nbytes for r in range(world.size)]
+        to_send = [len(rows) * nbytes if r in mates else 0 for r in range(world.size)]
         with world.talking(_MEAN):
-            dist.all_to_all_single(received, sent, to_receive, to_send)
+            dist.all_to_all_single(bits_of(received), bits_of(sent), to_receive, to_send)
         return list(received.view(-1, width))
 
     def _show(
@@ -240,12 +242,7 @@ class Comm:
         """
         held = read(worker) if worker in self.world.workers else None
         copies = {n: torch.empty_like(like[n]) if held is None else held[n].clone() for n in names}
-        if self.world.size > 1:
-            for copy in copies.values():
-                flat = _flat(copy).contiguous()
-                with self.world.talking(f"copies of worker {worker}'s tensors"):
-                    dist.broadcast(flat, self.world.host(worker))
-                _real(copy).copy_(flat.view_as(_real(copy)))
+        self.world.share(copies.values(), self.world.host(worker), f"copies of worker {worker}'s tensors")
         return copies
 
     def exchange(
@@ -277,7 +274,10 @@ class Comm:
             rank = world.host(partner, world.member)
             for name in names:
                 outgoing, incoming = _flat(read(own)[name]).contiguous(), _flat(received[own][name]).contiguous()
-                operations = [dist.P2POp(dist.isend, outgoing, rank), dist.P2POp(dist.irecv, incoming, rank)]
+                operations = [
+                    dist.P2POp(dist.isend, bits_of(outgoing), rank),
+                    dist.P2POp(dist.irecv, bits_of(incoming), rank),
+                ]
                 with world.talking(f"the swap between workers {own} and {partner}"):
                     for work in dist.batch_isend_irecv(operations):
                         work.wait()

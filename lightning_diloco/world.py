@@ -8,6 +8,7 @@ is a team of k = W/N processes that average their gradients. Process r hosts the
 is number r mod k of worker ⌊r/k⌋'s team: a worker's team is contiguous, so that it shares a machine if it can.
 """
 
+import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -167,10 +168,12 @@ class World:
         """Every process's ``value``, by rank, on process 0; an empty list elsewhere."""
         if self.size == 1:
             return [value]
+        packed = io.BytesIO()
+        torch.save(value, packed)  # pickle alone can't do tensors of every dtype
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with self.talking("a collection by the first process"):
-            dist.gather_object(value, gathered, dst=0, group=self._control)
-        return gathered or []
+            dist.gather_object(packed.getvalue(), gathered, dst=0, group=self._control)
+        return [torch.load(io.BytesIO(theirs), weights_only=False) for theirs in gathered or []]
 
     # ---------------------------------------------------------------------------------------- inside a team
 
@@ -219,25 +222,27 @@ class World:
     def share_in_team(self, tensors: Iterable[Tensor]) -> None:
         """The team's first member's values become everybody's, in place, as DDP does with buffers."""
         if self.team > 1:
-            with self.talking("the buffers of its team"):
-                _share(tensors, self.host(self.workers[0]), self._team_group)
+            self._share(tensors, self.host(self.workers[0]), "the buffers of its team", self._team_group)
 
-    def share_first(self, tensors: Iterable[Tensor]) -> None:
-        """Process 0's values become everybody's, in place."""
+    def share(self, tensors: Iterable[Tensor], source: int, where: str) -> None:
+        """Process ``source``'s values become everybody's, in place; ``where`` as in :meth:`meet`."""
         if self.size > 1:
-            with self.talking("the first process's weights"):
-                _share(tensors, 0, None)
+            self._share(tensors, source, where, None)
+
+    @torch.no_grad()
+    def _share(self, tensors: Iterable[Tensor], source: int, where: str, group: Any) -> None:
+        for tensor in tensors:
+            values = tensor.contiguous()
+            if values.numel():
+                with self.talking(where):
+                    dist.broadcast(bits_of(values), source, group=group)
+            if values is not tensor:
+                tensor.copy_(values)
 
 
-@torch.no_grad()
-def _share(tensors: Iterable[Tensor], source: int, group: Any) -> None:
-    """Broadcasts bits, which every back end can, whatever the dtype."""
-    for tensor in tensors:
-        values = tensor.contiguous()
-        if values.numel():
-            dist.broadcast(values.view(-1).view(torch.uint8), source, group=group)
-        if values is not tensor:
-            tensor.copy_(values)
+def bits_of(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's bytes, which share its memory: every back end can move them, whatever the dtype."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _travels(error: Exception) -> bool:

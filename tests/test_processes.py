@@ -183,11 +183,14 @@ class ComesAndGoes(Project):
         self.scale = nn.Parameter(torch.ones(2, dtype=torch.complex64))
         self.bf16 = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
         self.register_buffer("sizes", torch.zeros(1))
-        self.register_buffer("codes", torch.arange(3, dtype=torch.int16))  # which gloo can't send as such
+        self.register_buffer("codes", torch.arange(3, dtype=torch.int16))  # gloo can't send such numbers as they are,
+        self.register_buffer("eighths", torch.ones(2).to(torch.float8_e4m3fn))  # nor these
 
     def training_step(self, batch, batch_idx):
         worker = self.trainer.strategy.current_worker
         loss = super().training_step(batch, batch_idx) + (self.scale * (1 + 1j)).abs().sum() + self.bf16.float().sum()
+        self.codes.add_(worker + 1)
+        self.eighths.copy_(torch.full((2,), worker + 1.0))
         if worker == 1:
             self.net.register_buffer("late", torch.full((2,), float(batch_idx)))
             self.sizes = torch.full((worker + batch_idx,), 2.0)

@@ -257,7 +257,7 @@ class ProcessStrategy(SingleDeviceStrategy):
             tensors = _shareable(self.model)
             shapes = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
             self.world.agree("the set-up of the module", shapes)
-            self.world.share_first(tensors.values())
+            self.world.share(tensors.values(), 0, "the first process's weights")
 
     @override
     def teardown(self) -> None:
