@@ -218,14 +218,16 @@ class SimulatorCallback(L.Callback):
         left = len(batches.dataset)  # type: ignore[arg-type]
         modes = {m: m.training for m in module.modules()}
         with isolate_rng(), strategy.weights("outer"), torch.no_grad(), precision.forward_context():
-            module.eval()
-            for batch in islice(batches, self._eval_iters):
-                batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
-                batch = strategy.batch_to_device(batch, dataloader_idx=0)
-                evaluation.update(*module.evaluate(batch), samples=min(left, batches.batch_size))
-                left -= batches.batch_size
-        for m, training in modes.items():
-            m.training = training
+            try:
+                module.eval()
+                for batch in islice(batches, self._eval_iters):
+                    batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
+                    batch = strategy.batch_to_device(batch, dataloader_idx=0)
+                    evaluation.update(*module.evaluate(batch), samples=min(left, batches.batch_size))
+                    left -= batches.batch_size
+            finally:
+                for m, training in modes.items():
+                    m.training = training
         return evaluation.results()
 
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 import os, sys, time
+if sys.argv[1] == "notebook":
+    sys.ps1 = ">>> "  # by which Lightning recognises an interactive Python
 from datetime import timedelta
 import lightning as L, torch
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -37,7 +39,7 @@ if __name__ == "__main__":
     module = Module()
     strategy = DilocoStrategy(
         num_nodes=2, diloco_interval=100 if "slow" in sys.argv else 4, timeout=timedelta(seconds=60),
-        start_method=None if sys.argv[1] == "one" else sys.argv[1],
+        start_method=None if sys.argv[1] in ("one", "notebook") else sys.argv[1],
     )
     trainer = L.Trainer(
         strategy=strategy, devices=1 if sys.argv[1] == "one" else 2, accelerator="cpu", max_steps=10, logger=False,
@@ -81,11 +83,12 @@ def call(folder: Path, *args: str, **kwargs: Any) -> subprocess.CompletedProcess
 
 
 def test_popen_spawn_and_fork_train_as_one_process_does(tmp_path: Path) -> None:
-    for method in ("one", "popen", "spawn", "fork"):
+    """A notebook forks by itself."""
+    for method in ("one", "popen", "spawn", "fork", "notebook"):
         done = call(tmp_path, method)
         assert done.returncode == 0, done.stderr
     expected = torch.load(tmp_path / "one.pt", weights_only=True)
-    for method in ("popen", "spawn", "fork"):
+    for method in ("popen", "spawn", "fork", "notebook"):
         state = torch.load(tmp_path / f"{method}.pt", weights_only=True)
         assert all(torch.equal(state[key], value) for key, value in expected.items()), method
 
