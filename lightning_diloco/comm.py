@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_diloco.world import World, bits_of
+from lightning_diloco.bits import bits_of
+from lightning_diloco.world import World
 
 CHUNK = 1 << 22
 """Elements that a process exchanges at a time, per worker."""

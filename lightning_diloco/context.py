@@ -5,7 +5,6 @@ inner optimizer state, non-finite workers. :meth:`SyncContext.restart` is the on
 own the outer step itself (``algorithms/``). Imports nothing of Lightning.
 """
 
-import hashlib
 import math
 import time
 import warnings
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.base import OuterStepReport
-from lightning_diloco.comm import CHUNK, Comm, Ledger
+from lightning_diloco.bits import checksum, digest, same_bits
+from lightning_diloco.comm import Comm, Ledger
 from lightning_diloco.inner import InnerOptimizers, average_inner_state
+from lightning_diloco.likeness import Likeness, euclidean_norm, likeness_of
 from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, is_floating, put_buffer, same_bits
+from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, is_floating, put_buffer
 
 BufferPolicy = Literal["average", "first", "local"]
 InnerStatePolicy = Literal["keep", "reset", "average"]
@@ -48,56 +49,7 @@ class _Round:
     participants: list[int]
     dropped: list[int]
     drift: tuple[float, ...]
-    likeness: "_Likeness"
-
-
-class _Likeness:
-    """How alike the Δ_i are, from the pieces of the exchange that pass through this process: no extra traffic."""
-
-    def __init__(self, theta: Mapping[str, Tensor]) -> None:
-        self._theta = theta
-        self._square: Tensor | None = None  # ‖Δ‖², and
-        self._products: Tensor | None = None  # Δ_i·Δ_j, each over the pieces seen
-
-    @torch.no_grad()
-    def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
-        if what not in ("delta", "weights") or name not in self._theta:
-            return
-        for at in range(0, len(mean), CHUNK):
-            pieces = [t[at : at + CHUNK].double() for t in (mean, *rows)]
-            if what == "weights":
-                theta = self._theta[name]
-                theta = (torch.view_as_real(theta) if theta.is_complex() else theta).reshape(-1)
-                old = theta[start + at : start + at + len(pieces[0])].double()
-                pieces = [old - piece for piece in pieces]
-            square = pieces[0] @ pieces[0]
-            self._square = square if self._square is None else self._square + square
-            if rows:
-                stacked = torch.stack(pieces[1:])
-                products = stacked @ stacked.T
-                self._products = products if self._products is None else self._products + products
-
-    def parts(self) -> tuple[float | None, list[list[float]] | None]:
-        """What this process has seen, for :func:`_likeness_of`."""
-        return (
-            None if self._square is None else float(self._square),
-            None if self._products is None else self._products.tolist(),
-        )
-
-
-def _likeness_of(parts: Sequence[Any]) -> tuple[float | None, float | None]:
-    """‖Δ‖ of the mean and the mean pairwise cosine, from every process's parts; None where nobody has seen it."""
-    squares = [square for square, _ in parts if square is not None]
-    seen = [torch.tensor(products, dtype=torch.float64) for _, products in parts if products is not None]
-    norm = math.sqrt(sum(squares)) if squares else None
-    if not seen or len(seen[0]) < 2:
-        return norm, None
-    products = torch.stack(seen).sum(0)
-    lengths = products.diagonal().sqrt()
-    scale = torch.where(lengths == 0, 1.0, lengths)  # a Δ_i of zero is orthogonal to all
-    cosines = products / scale / scale[:, None]
-    n = len(cosines)
-    return norm, float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
+    likeness: Likeness
 
 
 class _Differences(Mapping[str, Tensor]):
@@ -195,9 +147,9 @@ class SyncContext:
         """
         started = time.perf_counter()
         theta, world = self.outer.tensors, self.comm.world
-        norms = {w: _norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
+        norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
-        everybody = world.meet(where, (norms, world.stop_requested, _checksum(theta) if world.size > 1 else 0))
+        everybody = world.meet(where, (norms, world.stop_requested, checksum(theta) if world.size > 1 else 0))
         if any(checksum != everybody[0][2] for _, _, checksum in everybody):
             odd = next(r for r, (_, _, checksum) in enumerate(everybody) if checksum != everybody[0][2])
             raise RuntimeError(
@@ -206,7 +158,7 @@ class SyncContext:
             )
         world.stopping = any(stop for _, stop, _ in everybody)
         norms = self._joined_norms([theirs for theirs, _, _ in everybody])
-        scale = _norm(theta[n] for n in self.names)
+        scale = euclidean_norm(theta[n] for n in self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
         tolerant = self.num_workers == 1 or self.nonfinite == "propagate"
         bad = [w for w in self.workers if not (tolerant or math.isfinite(norms[w]))]
@@ -225,7 +177,7 @@ class SyncContext:
                 " finite. It restarts from θ with fresh inner state.",
                 stacklevel=2,
             )
-        likeness = self.comm.observer = _Likeness(theta)
+        likeness = self.comm.observer = Likeness(theta)
         self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, likeness)
         return good
 
@@ -279,7 +231,7 @@ class SyncContext:
         self.round_start = self.local_steps
         self.outer_steps += 1
         self._round = None
-        norm, cosine = _likeness_of([parts for _, parts in everybody])
+        norm, cosine = likeness_of([parts for _, parts in everybody])
         return OuterStepReport(
             step=self.local_steps,
             outer_step=self.outer_steps,
@@ -307,7 +259,7 @@ class SyncContext:
             tensors = {n: self.replicas.tensors(w)[n] for n in layout.frozen}
             tensors |= _named_buffers(layout, self.replicas.states[w])
             survey[w] = {
-                name: Held(t.shape, t.dtype, b"" if self.num_workers == 1 else _digest(t, reference.get(name)))
+                name: Held(t.shape, t.dtype, b"" if self.num_workers == 1 else digest(t, reference.get(name)))
                 for name, t in tensors.items()
             }
         return survey
@@ -398,29 +350,3 @@ def _named_buffers(layout: Layout, state: ModelState) -> dict[str, Tensor]:
 
 def _kind(held: Held | None) -> Any:
     return None if held is None else (held.shape, held.dtype)
-
-
-def _digest(tensor: Tensor, reference: Tensor | None) -> bytes:
-    """Empty if the tensor is the reference bit for bit, else a hash of its bits."""
-    if reference is not None and same_bits(tensor, reference):
-        return b""
-    bits = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """A number that differs, almost surely, if a bit does."""
-    total = 0
-    for n, t in tensors.items():
-        bits = t.detach().reshape(-1).contiguous().view(torch.uint8)
-        whole = bits[: len(bits) // 4 * 4].view(torch.int32)
-        total = (total * 31 + int(whole.sum(dtype=torch.int64)) + int(bits[len(whole) * 4 :].sum()) + len(n)) % 2**63
-    return total
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm of all tensors together, accumulated in float64."""
-    norms = [
-        torch.linalg.vector_norm(torch.view_as_real(t) if t.is_complex() else t, dtype=torch.float64) for t in tensors
-    ]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_diloco.bits import same_bits
 from lightning_diloco.comm import Comm
 from lightning_diloco.randomness import RandomStream
-from lightning_diloco.replicas import is_floating, same_bits
+from lightning_diloco.replicas import is_floating
 from lightning_diloco.worker import (
     Control,
     Groups,

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_diloco.bits import same_bits
 from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import Layout, Replicas, put_buffer, same_bits
+from lightning_diloco.replicas import Layout, Replicas, put_buffer
 
 Buffers = list[dict[str, Tensor | None]]
 

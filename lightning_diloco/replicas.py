@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric
 
+from lightning_diloco.bits import same_bits
+
 _ALIGNMENT = 64  # bytes; what torch's own allocators give a tensor, so kernels see replicas as they see any parameter
 
 BufferKey = tuple[int, str]  # (position of the submodule in Layout.modules, name of its buffer)
@@ -311,15 +313,3 @@ def put_buffer(buffers: dict[str, Tensor | None], name: str, value: Tensor | Non
 def is_floating(tensor: Tensor) -> bool:
     """Whether a mean of such tensors makes sense: floating or complex."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit (NaN equals the same NaN, 0.0 differs from -0.0)."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    if not is_floating(a):
-        return torch.equal(a, b)
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.view(integer), b.view(integer))

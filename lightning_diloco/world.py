@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_diloco.bits import bits_of
+
 
 class World:
     """W processes for N workers.
@@ -238,11 +240,6 @@ class World:
                     dist.broadcast(bits_of(values), source, group=group)
             if values is not tensor:
                 tensor.copy_(values)
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes, which share its memory: every back end can move them, whatever the dtype."""
-    return tensor.view(-1).view(torch.uint8)
 
 
 def _travels(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy, comm
-from lightning_diloco.replicas import same_bits
+from lightning_diloco.bits import same_bits
 from lightning_diloco.world import World
 
 LAYOUTS = [1, 2, 4]

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 
 from lightning_diloco import DilocoStrategy
-from lightning_diloco.replicas import same_bits
+from lightning_diloco.bits import same_bits
 
 
 def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,70 @@
+"""How far the workers are from θ and from each other: the numbers in a report.
+
+Owns measurements only, taken from what an exchange moves anyway. Imports nothing of Lightning.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.comm import CHUNK
+
+
+class Likeness:
+    """How alike the Δ_i are, from the pieces of the exchange that pass through this process: no extra traffic."""
+
+    def __init__(self, theta: Mapping[str, Tensor]) -> None:
+        self._theta = theta
+        self._square: Tensor | None = None  # ‖Δ‖², and
+        self._products: Tensor | None = None  # Δ_i·Δ_j, each over the pieces seen
+
+    @torch.no_grad()
+    def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
+        if what not in ("delta", "weights") or name not in self._theta:
+            return
+        for at in range(0, len(mean), CHUNK):
+            pieces = [t[at : at + CHUNK].double() for t in (mean, *rows)]
+            if what == "weights":
+                theta = self._theta[name]
+                theta = (torch.view_as_real(theta) if theta.is_complex() else theta).reshape(-1)
+                old = theta[start + at : start + at + len(pieces[0])].double()
+                pieces = [old - piece for piece in pieces]
+            square = pieces[0] @ pieces[0]
+            self._square = square if self._square is None else self._square + square
+            if rows:
+                stacked = torch.stack(pieces[1:])
+                products = stacked @ stacked.T
+                self._products = products if self._products is None else self._products + products
+
+    def parts(self) -> tuple[float | None, list[list[float]] | None]:
+        """What this process has seen, for :func:`likeness_of`."""
+        return (
+            None if self._square is None else float(self._square),
+            None if self._products is None else self._products.tolist(),
+        )
+
+
+def likeness_of(parts: Sequence[Any]) -> tuple[float | None, float | None]:
+    """‖Δ‖ of the mean and the mean pairwise cosine, from every process's parts; None where nobody has seen it."""
+    squares = [square for square, _ in parts if square is not None]
+    seen = [torch.tensor(products, dtype=torch.float64) for _, products in parts if products is not None]
+    norm = math.sqrt(sum(squares)) if squares else None
+    if not seen or len(seen[0]) < 2:
+        return norm, None
+    products = torch.stack(seen).sum(0)
+    lengths = products.diagonal().sqrt()
+    scale = torch.where(lengths == 0, 1.0, lengths)  # a Δ_i of zero is orthogonal to all
+    cosines = products / scale / scale[:, None]
+    n = len(cosines)
+    return norm, float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
+
+
+def euclidean_norm(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm of all tensors together, accumulated in float64."""
+    norms = [
+        torch.linalg.vector_norm(torch.view_as_real(t) if t.is_complex() else t, dtype=torch.float64) for t in tensors
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
