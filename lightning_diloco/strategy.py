@@ -391,6 +391,12 @@ class DilocoStrategy(ProcessStrategy):
         if self._resumed is not None:
             self._engine.resume(self._resumed)
 
+    @property
+    def awaits_final_sync(self) -> bool:
+        """Whether the file that this fit resumes from was saved in the middle of a round."""
+        state = self._resumed
+        return self._final_sync and state is not None and state["local_steps"] > state["round_start"]
+
     @override
     def on_train_start(self) -> None:
         self.engine.take_over()

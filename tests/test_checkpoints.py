@@ -163,6 +163,33 @@ def test_interrupted_is_uninterrupted(name: str) -> None:
         assert checkpoint["diloco"]["version"] == 1
 
 
+@pytest.mark.parametrize("num_nodes", [1, 3])
+@pytest.mark.parametrize(
+    ("hook", "limits"),
+    [
+        ("on_train_batch_end", {"max_steps": 7}),
+        ("on_train_epoch_end", {"max_epochs": 3}),
+        ("on_validation_end", {"max_epochs": 3}),
+    ],
+)
+def test_the_last_outer_step_is_made_up_for(hook: str, limits: dict[str, int], num_nodes: int) -> None:
+    """A file of the last local step has the outer step on the partial round before it, where Lightning sees no work."""
+    setting: dict[str, Any] = {"strategy": {"num_nodes": num_nodes}, "data": loader}
+    undisturbed, journal, _ = run(setting, [Save(hook, set(range(1, 99)))], **limits)
+    last = max(Path().glob("*.ckpt"), key=lambda p: int(p.stem))
+    ended: list[int] = []
+    counts = L.pytorch.callbacks.LambdaCallback(on_train_end=lambda t, m: ended.append(t.strategy.outer_steps))
+    resumed, later, _ = run(setting, [counts], ckpt_path=last, **limits)
+    for result in (resumed, undisturbed):
+        result["counters"] = result["counters"][:-1]  # the epoch that max_steps cuts short isn't begun again to be ended
+        if num_nodes == 1:
+            result["random"] = None  # the process's own, which Lightning doesn't save
+    assert_equal(resumed, undisturbed)
+    assert not later
+    assert len(journal) % (4 * num_nodes)
+    assert ended == [undisturbed["counters"][1]]  # callbacks see the end of training, with θ in the module
+
+
 class Stream:
     """Batches without a length, dealt one by one."""
 

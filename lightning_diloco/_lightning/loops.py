@@ -79,6 +79,13 @@ class DilocoFitLoop(_FitLoop):
         loop = _Loop if complete and self._strategy.num_workers > 1 else _FitLoop
         loop.restarting.fset(self, restarting and not complete)  # type: ignore[attr-defined]
 
+    @property
+    @override
+    def skip(self) -> bool:
+        """Resumed from a file of the last local step, the outer step on the partial round is still to come."""
+        pending = self._strategy.awaits_final_sync and self.trainer.limit_train_batches != 0
+        return super().skip and not pending
+
     @override
     def on_run_start(self) -> None:
         self._strategy.start_engine()
