@@ -1,7 +1,7 @@
 """What an evaluation says about a model: loss, accuracy, perplexity; and the statistics that the simulator's hooks get.
 
 Owns the metrics (torchmetrics) and their definitions. Does not own when a model is evaluated nor on which weights
-(``simulator.py``). Imports nothing of Lightning.
+(``simulation.py``). Imports nothing of Lightning.
 """
 
 import math
@@ -83,6 +83,7 @@ class Evaluation:
         if not is_class_index(output, target):
             self._classifies = False
             return
+        target = target.long()  # torch can't compare unsigned types of more than 8 bits
         known = target >= 0
         self._hits = self._hits or mean_metric(loss)
         self._hits.update((output.argmax(1) == target)[known].to(torch.float32))

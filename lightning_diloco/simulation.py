@@ -99,7 +99,7 @@ class SimulatorModule(L.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.evaluate(batch)[0]
+        loss: Tensor = _guarded("The model or `loss_fn`", self.evaluate, batch)[0]
         self.log("train_loss", loss, prog_bar=True, logger=bool(self.trainer.loggers), batch_size=1)
         return loss
 
@@ -107,10 +107,11 @@ class SimulatorModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_cls(self.parameters(), **self._optimizer_kwargs)
         total = self._cosine_steps
-        if total is None:
-            return optimizer
-        # in closed form, so that a run resumed with another `total` ends at 0 too
-        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
+
+        def factor(step: int) -> float:  # a closed form, also where it is 1, so that resumed runs may switch
+            return 1.0 if total is None else (1 + math.cos(math.pi * step / total)) / 2
+
+        schedule = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -138,14 +139,17 @@ class SimulatorCallback(L.Callback):
         self._train_hook, self._eval_hook = train_hook, eval_hook
         self._eval_batches, self._eval_iters = batches, eval_iters
         self._ckpt_interval, self._save_dir = ckpt_interval, save_dir
+        self._strategy: DilocoStrategy | None = None  # of the present fit
         self._outer_steps = 0  # at the last look
         self._outer_steps_before = 0  # done before a resumption that the strategy knows nothing of
         self._local_steps = self._epoch = 0  # as of the last local step
         self._loss: MeanMetric | None = None  # since the last local step
+        self._step_of_last_end: int | None = None  # where the last pass over the data ended
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"outer_steps": self._outer_steps}
+        live = 0 if self._strategy is None else self._strategy.outer_steps + self._outer_steps_before
+        return {"outer_steps": live}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -153,7 +157,8 @@ class SimulatorCallback(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        done = _strategy_of(trainer).outer_steps  # one worker that is averaged plainly resumes at 0
+        self._strategy = _strategy_of(trainer)
+        done = self._strategy.outer_steps  # one worker that is averaged plainly resumes at 0
         self._outer_steps_before = max(0, self._outer_steps - done)
         self._outer_steps = done + self._outer_steps_before
         self._local_steps = trainer.global_step
@@ -174,9 +179,17 @@ class SimulatorCallback(L.Callback):
         if self._train_hook is not None and self._loss is not None:
             stats = TrainStats(float(self._loss.compute()), *self._where(trainer))  # over all processes
             self._loss = None
-            if trainer.is_global_zero:
-                self._train_hook(stats)
+            _call(trainer, "train_loss_hook", self._train_hook, stats)
         self._after_outer_step(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == self._step_of_last_end:
+            raise RuntimeError(
+                f"A pass over `train_dataset` brought no step beyond {trainer.global_step}, and so would the next. Look"
+                " for a StopIteration that the dataset raises, or a hook of the module that skips batches with -1."
+            )
+        self._step_of_last_end = trainer.global_step
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -201,8 +214,9 @@ class SimulatorCallback(L.Callback):
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=self._local_steps - 1)  # as Lightning numbers the step's own metrics
-            if self._eval_hook is not None and trainer.is_global_zero:
-                self._eval_hook(EvalStats(loss, *self._where(trainer), accuracy, perplexity))
+            if self._eval_hook is not None:
+                stats = EvalStats(loss, *self._where(trainer), accuracy, perplexity)
+                _call(trainer, "eval_loss_hook", self._eval_hook, stats)
         if self._ckpt_interval is not None and now // self._ckpt_interval > before // self._ckpt_interval:
             assert self._save_dir is not None
             trainer.save_checkpoint(os.path.join(self._save_dir, f"step={self._local_steps:06d}.ckpt"))
@@ -229,6 +243,21 @@ class SimulatorCallback(L.Callback):
                 for m, training in modes.items():
                     m.training = training
         return evaluation.results()
+
+
+def _call(trainer: L.Trainer, name: str, hook: Callable[[Any], None], stats: TrainStats) -> None:
+    """Calls a hook on the first process; all stop if it sets ``trainer.should_stop``."""
+    if trainer.is_global_zero:
+        _guarded(f"`{name}`", hook, stats)
+    trainer.should_stop = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
+
+
+def _guarded(source: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    """Calls; a StopIteration, which would tell Lightning's loop that the data has ended, becomes an error."""
+    try:
+        return function(argument)
+    except StopIteration as error:
+        raise RuntimeError(f"{source} raised StopIteration.") from error
 
 
 def _strategy_of(trainer: L.Trainer) -> DilocoStrategy:

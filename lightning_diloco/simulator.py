@@ -4,15 +4,17 @@ Owns its arguments: their checks, and their translation into a Trainer, a Diloco
 to them. Has no training logic of its own.
 """
 
+import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -41,26 +43,28 @@ class DilocoSimulator:
 
     A facade: :meth:`train` builds a LightningModule, a ``Trainer(devices=1, logger=False)`` and a
     :class:`~lightning_diloco.DilocoStrategy` and calls ``trainer.fit``; see ``trainer_kwargs``. Each call starts
-    afresh, with a new model. The run takes exactly ``total`` = min(max_local_step, num_epochs · len(train_dataset) //
-    (batch_size · num_nodes)) local steps; a worker's short last batch of an epoch is kept. Data is loaded in the
-    process itself.
+    afresh, with a new model; modules in ``model_kwargs``, and a ``loss_fn`` that is one, are copied. The run takes
+    exactly ``total`` = min(max_local_step, num_epochs · len(train_dataset) // (batch_size · num_nodes)) local steps; a
+    worker's short last batch of an epoch is kept. Data is loaded in the process itself.
 
     Args:
         model_cls: class of the model.
-        model_kwargs: its arguments.
+        model_kwargs: arguments for ``model_cls``; default none.
         num_nodes: simulated workers N ≥ 1.
         diloco_interval: local steps H ≥ 1 between synchronisations.
-        batch_size: samples per worker and step, and per batch of an evaluation.
+        batch_size: samples per worker and step, and per batch of an evaluation. (With more processes than workers: per
+            process and step, as everywhere.)
         loss_fn: called as ``loss_fn(model(x), y)``; the mean over the batch, one number.
-        train_dataset: pairs ``(x, y)``, with a length. For other items see :class:`SimulatorModule`.
+        train_dataset: pairs ``(x, y)``, with a length. For other items see
+            :class:`lightning_diloco.simulation.SimulatorModule`.
         eval_dataset: the outer model is evaluated on it after every outer step; results go to ``eval_loss_hook``, to
             the Trainer's loggers and to ``trainer.callback_metrics`` (``eval_loss``, ``eval_accuracy``,
             ``eval_perplexity``). Training is undisturbed.
         optimizer_cls: inner optimizer.
-        optimizer_kwargs: its arguments.
+        optimizer_kwargs: arguments for ``optimizer_cls``; default none.
         outer_optimizer_cls: outer optimizer.
-        outer_optimizer_kwargs: its arguments. None: for exactly ``torch.optim.SGD`` lr 0.7, momentum 0.9, nesterov; for
-            other classes their own defaults.
+        outer_optimizer_kwargs: arguments for ``outer_optimizer_cls``. None: for exactly ``torch.optim.SGD`` lr 0.7,
+            momentum 0.9, nesterov; for other classes their own defaults.
         num_epochs: passes over ``train_dataset``.
         max_local_step: cap on the local steps.
         cosine_anneal: take the inner learning rate to 0 along a cosine over the ``total`` local steps.
@@ -68,12 +72,14 @@ class DilocoSimulator:
         ckpt_interval: outer steps between checkpoint files, ``step=000500.ckpt`` after local step 500.
         save_dir: folder of checkpoint files; at the end ``final.ckpt``. Files of the same name are replaced. None: no
             file is written.
-        train_loss_hook: called after each local step.
-        eval_loss_hook: called after each evaluation; at the same step ``train_loss_hook`` comes first, the checkpoint
-            last. With several processes hooks run on the first. What a hook raises stops the run.
+        train_loss_hook: called with a :class:`~lightning_diloco.TrainStats` after each local step.
+        eval_loss_hook: called with an :class:`~lightning_diloco.EvalStats` after each evaluation; at the same step
+            ``train_loss_hook`` comes first, the checkpoint last. With several processes hooks run on the first. What a
+            hook raises stops the run; ``simulator.trainer.should_stop = True`` ends it early and in good order.
         strategy_kwargs: further arguments of DilocoStrategy. ``eval_weights`` is "outer" here if not given, so that
             files hold what was evaluated.
-        trainer_kwargs: further arguments of Lightning's Trainer, for example ``callbacks`` or ``precision``.
+        trainer_kwargs: further arguments of Lightning's Trainer, for example ``callbacks`` (these are your own objects,
+            which keep what they remember from one run to the next) or ``precision``.
         seed: given to ``lightning.seed_everything`` before the model is built, so that runs repeat bit for bit. None:
             generators are used as they are found.
 
@@ -168,7 +174,7 @@ class DilocoSimulator:
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._batch_size, self._cosine_anneal = batch_size, cosine_anneal
         self._eval_iters, self._ckpt_interval = eval_iters, ckpt_interval
-        self._save_dir = None if save_dir is None else os.fspath(save_dir)
+        self._save_dir = None if save_dir is None else _checked_folder("save_dir", save_dir)
         self._train_loss_hook, self._eval_loss_hook = train_loss_hook, eval_loss_hook
         self._seed = seed
         self._run: tuple[SimulatorModule, L.Trainer, DilocoStrategy] | None = None
@@ -177,17 +183,27 @@ class DilocoSimulator:
         """Trains a new model, or continues from a checkpoint file.
 
         Args:
-            ckpt_path: a file written by an earlier run. With N ≥ 2 workers the rest of the run is bit for bit that of
-                the uninterrupted one. From ``final.ckpt`` a longer run (``num_epochs``) goes on with a new pass.
+            ckpt_path: a file written by an earlier run of the same model. With N ≥ 2 workers the rest of the run is bit
+                for bit that of the uninterrupted one, the outer step on a partial round included. From ``final.ckpt`` a
+                longer run (``num_epochs``) goes on with a new pass, and one of the same length has nothing left to do.
         """
-        if self._seed is not None:
-            L.seed_everything(self._seed, verbose=False)
-        model, strategy = self._model_cls(**self._model_kwargs), DilocoStrategy(**self._strategy_kwargs)
+        with _seeded(self._seed):
+            self._fit(None if ckpt_path is None else os.fspath(ckpt_path))
+
+    def _fit(self, ckpt_path: str | None) -> None:
+        # modules among the arguments would be trained, and the next run would start from them
+        loss_fn = copy.deepcopy(self._loss_fn) if isinstance(self._loss_fn, nn.Module) else self._loss_fn
+        model = self._model_cls(**copy.deepcopy(self._model_kwargs))
+        strategy = DilocoStrategy(**self._strategy_kwargs)
         cosine_steps = self.total if self._cosine_anneal else None
-        module = self.module_cls(model, self._loss_fn, self._optimizer_cls, self._optimizer_kwargs, cosine_steps)
+        module = self.module_cls(model, loss_fn, self._optimizer_cls, self._optimizer_kwargs, cosine_steps)
         given = self._trainer_kwargs.get("callbacks") or []
         callbacks = [*(given if isinstance(given, (list, tuple)) else [given]), self._callback()]
         options = {"devices": 1, "logger": False, **self._trainer_kwargs, "callbacks": callbacks}
+        if not options.keys() & {"enable_progress_bar", "barebones"} and not any(
+            isinstance(c, ProgressBar) for c in callbacks
+        ):
+            callbacks.append(TQDMProgressBar())  # Rich's shows an unlimited number of epochs as -2
         trainer = L.Trainer(
             strategy=strategy,
             max_steps=self.total,
@@ -199,7 +215,7 @@ class DilocoSimulator:
         loader = DataLoader(self._train_dataset, self._batch_size, shuffle=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")  # it has no argument
-            trainer.fit(module, loader, ckpt_path=None if ckpt_path is None else os.fspath(ckpt_path))
+            trainer.fit(module, loader, ckpt_path=ckpt_path)
 
     @property
     def model(self) -> nn.Module:
@@ -235,9 +251,34 @@ class DilocoSimulator:
         )
 
 
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Inside, torch, NumPy, Python and Lightning use ``seed``; afterwards Lightning has forgotten it."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ.get(name) for name in names}
+    if seed is not None:
+        L.seed_everything(seed, verbose=False)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def _check_class(name: str, cls: Any, base: type) -> None:
     if not isinstance(cls, type) or not issubclass(cls, base):
-        raise ValueError(f"`{name}` (={cls!r}) must be a class of {base.__module__}.{base.__qualname__}.")
+        raise ValueError(f"`{name}` (={cls!r}) must be a class derived from {base.__module__}.{base.__qualname__}.")
+
+
+def _checked_folder(name: str, path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"`{name}` (={path!r}) must be the path of a folder, or None.")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"`{name}` (={path!r}) is a file. Name a folder; it is made if it doesn't exist.")
+    return os.fspath(path)
 
 
 def _checked_length(name: str, dataset: Any) -> int:

@@ -181,7 +181,7 @@ def test_the_last_outer_step_is_made_up_for(hook: str, limits: dict[str, int], n
     counts = L.pytorch.callbacks.LambdaCallback(on_train_end=lambda t, m: ended.append(t.strategy.outer_steps))
     resumed, later, _ = run(setting, [counts], ckpt_path=last, **limits)
     for result in (resumed, undisturbed):
-        result["counters"] = result["counters"][:-1]  # the epoch that max_steps cuts short isn't begun again to be ended
+        result["counters"] = result["counters"][:-1]  # max_steps has cut an epoch short, which isn't taken up again
         if num_nodes == 1:
             result["random"] = None  # the process's own, which Lightning doesn't save
     assert_equal(resumed, undisturbed)

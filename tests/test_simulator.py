@@ -2,14 +2,16 @@
 
 import inspect
 import math
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers import assert_same, copy_of
-from lightning.pytorch.callbacks import ModelCheckpoint
+from helpers import assert_same, copy_of, differs
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -18,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_diloco import Diloco, DilocoSimulator, DilocoStrategy, EvalStats, TrainStats
 from lightning_diloco.evaluation import Evaluation, is_class_index
-from lightning_diloco.simulation import SimulatorModule
+from lightning_diloco.simulation import SimulatorCallback, SimulatorModule
+from lightning_diloco.simulator import _OWN_STRATEGY_ARGUMENTS, _OWN_TRAINER_ARGUMENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
 
@@ -148,9 +151,11 @@ def test_it_is_the_run_that_you_would_write_by_hand() -> None:
 
 def test_the_table_of_the_readme_spells_the_same_run() -> None:
     """Every row of it at once; the cosine is computed in another way there, so not bit for bit."""
-    log, losses = Log(), {}
+    log, losses, data = Log(), {}, classes(90)  # 8 steps per pass, of which the last is short: 15 in two passes
     s = trained(
-        max_local_step=10,
+        train_dataset=data,
+        num_epochs=2,
+        max_local_step=100,
         cosine_anneal=True,
         eval_dataset=classes(30, seed=1),
         eval_iters=5,
@@ -183,7 +188,8 @@ def test_the_table_of_the_readme_spells_the_same_run() -> None:
     files = ModelCheckpoint("by_hand", every_n_train_steps=2 * 4, save_top_k=-1)
     trainer = L.Trainer(
         strategy=strategy,
-        max_steps=10,
+        max_steps=min(100, 2 * len(data) // (4 * 3)),
+        max_epochs=-1,
         limit_val_batches=5,
         val_check_interval=4,
         check_val_every_n_epoch=None,
@@ -193,18 +199,17 @@ def test_the_table_of_the_readme_spells_the_same_run() -> None:
         **QUIET,
     )
     val = DataLoader(classes(30, seed=1), batch_size=4)
-    trainer.fit(module, DataLoader(classes(120), batch_size=4, shuffle=True), val)
+    trainer.fit(module, DataLoader(data, batch_size=4, shuffle=True), val)
+    trainer.save_checkpoint("by_hand/end.ckpt")
     (last,) = trainer.validate(module, val, verbose=False)
     assert {s.local_step: s.loss for s in log.train} == pytest.approx(
-        {k: v for k, v in losses.items() if k in range(11)}
+        {k: v for k, v in losses.items() if k in range(16)}
     )
-    assert log.eval[0].loss == pytest.approx(losses["eval 1"])
-    assert log.eval[1].loss == pytest.approx(losses["eval 2"])
-    assert log.eval[2].loss == pytest.approx(last["eval_loss"])
+    assert [e.loss for e in log.eval] == pytest.approx([*(losses[f"eval {k}"] for k in (1, 2, 3)), last["eval_loss"]])
     for name, value in weights(s).items():
         assert torch.allclose(value.double(), module.model.state_dict()[name].double(), rtol=1e-4, atol=1e-6)
-    assert [p.name for p in Path("files").glob("step*")] == ["step=000008.ckpt"]
-    assert [torch.load(p, weights_only=True)["global_step"] for p in Path("by_hand").iterdir()] == [8]
+    assert sorted(p.name for p in Path("files").glob("step*")) == ["step=000008.ckpt", "step=000015.ckpt"]
+    assert sorted(torch.load(p, weights_only=True)["global_step"] for p in Path("by_hand").iterdir()) == [8, 15]
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
@@ -242,6 +247,26 @@ def test_it_trains_again_from_the_start() -> None:
     assert_same(weights(s), first)
     assert s.model is not model
     assert s.strategy.local_steps == 10
+
+
+def test_modules_among_the_arguments_are_where_every_run_starts() -> None:
+    class Around(nn.Module):
+        def __init__(self, core: nn.Module) -> None:
+            super().__init__()
+            self.core = core
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.core(x)
+
+    core = Classifier()
+    before = copy_of(core.state_dict())
+    s = simulator(model_cls=Around, model_kwargs={"core": core})
+    s.train()
+    first = weights(s)
+    s.train()
+    assert_same(weights(s), first)
+    assert_same(core.state_dict(), before)
+    assert differs(first, {f"core.{key}": value for key, value in before.items()})
 
 
 # -------------------------------------------------------------------------------------------- hooks
@@ -419,6 +444,27 @@ def test_a_hook_that_raises_stops_the_run_with_its_own_error(which: str) -> None
     assert not Path("files/final.ckpt").exists()
 
 
+@pytest.mark.parametrize("which", ["train_loss_hook", "eval_loss_hook"])
+def test_a_hook_that_raises_stop_iteration_stops_the_run_too(which: str) -> None:
+    """Lightning would take it for the end of the data."""
+    s = simulator(eval_dataset=classes(8), save_dir="files", **{which: lambda stats: next(iter(()))})
+    with pytest.raises(RuntimeError, match=f"^`{which}` raised StopIteration\\.$") as caught:
+        s.train()
+    assert isinstance(caught.value.__cause__, StopIteration)
+    assert not Path("files/final.ckpt").exists()
+
+
+def test_a_run_that_gets_nowhere_ends() -> None:
+    class Empty(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            raise StopIteration
+
+    with pytest.raises(RuntimeError, match=r"^The model or `loss_fn` raised StopIteration\.$"):
+        trained(loss_fn=lambda output, y: next(iter(())))
+    with pytest.raises(RuntimeError, match=r"^A pass over `train_dataset` brought no step beyond 0, and so would the"):
+        trained(train_dataset=Empty(*classes(120).tensors))
+
+
 def test_a_hook_can_stop_the_run() -> None:
     def hook(stats: TrainStats) -> None:
         s.trainer.should_stop = stats.local_step == 3
@@ -511,8 +557,9 @@ def test_a_loss_with_parameters_of_its_own_is_trained_too() -> None:
             return F.cross_entropy(output * self.temperature, y)
 
     loss_fn = Scaled()
-    trained(loss_fn=loss_fn)
-    assert loss_fn.temperature.item() != 1
+    s = trained(loss_fn=loss_fn)
+    assert s.trainer.lightning_module.loss_fn.temperature.item() != 1
+    assert loss_fn.temperature.item() == 1  # the user's own is where every run starts
 
 
 def test_train_dataset() -> None:
@@ -703,6 +750,19 @@ def test_without_a_seed_generators_are_used_as_found() -> None:
     assert not torch.equal(second, first)
 
 
+def test_a_seed_is_forgotten_after_the_run(monkeypatch: Any) -> None:
+    """Lightning keeps it in the environment, from where later runs without one would take it."""
+    for before in (None, "77"):
+        if before:
+            monkeypatch.setenv("PL_GLOBAL_SEED", before)
+        else:
+            monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        assert trained(max_local_step=1).strategy._seed == 5
+        assert os.environ.get("PL_GLOBAL_SEED") == before
+        torch.manual_seed(11)
+        assert trained(max_local_step=1, seed=None).strategy._seed == int(before or 11)
+
+
 def test_strategy_kwargs() -> None:
     algorithm = Diloco()
     s = trained(strategy_kwargs={"algorithm": algorithm, "final_sync": False})
@@ -718,6 +778,46 @@ def test_trainer_kwargs() -> None:
     assert [p.name for p in Path("best").iterdir()] == [Path(files.best_model_path).name]
     assert set(kwargs) == {"precision", "callbacks"}  # the user's dict is left alone
     assert kwargs["callbacks"] == [files]
+    own = [c for c in s.trainer.callbacks if isinstance(c, SimulatorCallback)]
+    assert s.trainer.callbacks.index(own[0]) > min(i for i, c in enumerate(s.trainer.callbacks) if c is not own[0])
+
+
+def test_a_user_s_callbacks_come_before_the_hooks() -> None:
+    order: list[str] = []
+
+    class First(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            order.append("callback")
+
+    trained(max_local_step=1, trainer_kwargs={"callbacks": First()}, train_loss_hook=lambda _: order.append("hook"))
+    assert order == ["callback", "hook"]
+
+
+def test_dicts_are_taken_as_they_are_when_given() -> None:
+    given = {"model_kwargs": {"width": 5}, "optimizer_kwargs": {"lr": 0.5}, "trainer_kwargs": {"precision": "64-true"}}
+    s = simulator(**given)
+    given["model_kwargs"]["width"] = 6
+    given["optimizer_kwargs"]["lr"] = 0.1
+    s.train()
+    assert s.model.net[0].out_features == 5
+    assert s.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.5
+
+
+def test_a_stock_run_shows_a_progress_bar_with_the_loss_and_warns_of_nothing() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        s = simulator(eval_dataset=classes(8))
+        del s._trainer_kwargs["enable_progress_bar"]
+        s.train()
+    ours = [w for w in seen if "treespec" not in str(w.message)]  # Lightning compares its own pytree specs so
+    assert not ours, [str(w.message) for w in ours]
+    bar = s.trainer.progress_bar_callback
+    assert isinstance(bar, TQDMProgressBar)
+    assert "train_loss" in bar.get_metrics(s.trainer, s.trainer.lightning_module)
+    rich = RichProgressBar()
+    assert (
+        trained(trainer_kwargs={"enable_progress_bar": True, "callbacks": rich}).trainer.progress_bar_callback is rich
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -754,6 +854,10 @@ def test_accuracy_is_defined_for_class_indices_only() -> None:
     evaluation.update(torch.tensor(1.0), logits, target, samples=2)
     assert evaluation.results() == (1.0, pytest.approx(2 / 3), math.e)
     assert is_class_index(logits, target)
+    for dtype in (torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.int64):
+        evaluation = Evaluation()
+        evaluation.update(torch.tensor(1.0), torch.eye(3), torch.tensor([0, 1, 1]).to(dtype), samples=3)
+        assert evaluation.results()[1] == pytest.approx(2 / 3)
     for output, other in (
         (logits, target.float()),
         (logits, target[:, :1]),
@@ -846,12 +950,55 @@ def test_a_final_file_continues_with_more_epochs(samples: int) -> None:
     assert longer.trainer.optimizers[0].param_groups[0]["lr"] == 0  # the cosine is that of the longer run
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("num_nodes", [1, 3])
+def test_a_file_of_the_last_step_in_a_partial_round_has_the_last_outer_step_before_it(num_nodes: int) -> None:
+    arguments = {"num_nodes": num_nodes, "max_local_step": 10, "eval_dataset": classes(8)}
+    whole, rest = Log(), Log()
+    kept = ModelCheckpoint("kept", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    s = trained(**arguments, trainer_kwargs={"callbacks": [kept]}, **whole.hooks())
+    again = simulator(**arguments, save_dir="files", **rest.hooks())
+    again.train("kept/step=10.ckpt")
+    assert_same(weights(again), weights(s))
+    assert rest == whole[-1:]
+    assert_same(
+        SimulatorModule.load_from_checkpoint(
+            "files/final.ckpt", model=Classifier(), loss_fn=F.cross_entropy
+        ).model.state_dict(),
+        weights(s),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_file_that_a_callback_wrote_at_a_synchronisation_counts_it() -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint("four.ckpt")
+
+    arguments = {"num_nodes": 1, "outer_optimizer_kwargs": {"lr": 1.0}, "max_local_step": 10}
+    whole, rest = Log(), Log()
+    trained(**arguments, trainer_kwargs={"callbacks": [Save()]}, train_loss_hook=whole.append)
+    simulator(**arguments, train_loss_hook=rest.append).train("four.ckpt")
+    assert [(s.local_step, s.num_diloco_steps) for s in rest] == [(s.local_step, s.num_diloco_steps) for s in whole[4:]]
+    assert rest[-1].num_diloco_steps == 2
+
+
+@pytest.mark.parametrize("cosine_anneal", [True, False])
+def test_resuming_may_begin_or_end_the_cosine(cosine_anneal: bool) -> None:
+    trained(save_dir="files", ckpt_interval=1, cosine_anneal=not cosine_anneal)
+    s = simulator(cosine_anneal=cosine_anneal)
+    s.train("files/step=000004.ckpt")
+    assert s.trainer.optimizers[0].param_groups[0]["lr"] == (0 if cosine_anneal else 0.01)
+
+
 def test_nothing_is_left_to_do_after_a_final_file() -> None:
     log = Log()
     theta = weights(trained(save_dir="files"))
-    again = simulator(train_loss_hook=log.append)
+    again = simulator(train_loss_hook=log.append, save_dir="again")
     again.train("files/final.ckpt")
     assert not log
+    assert not Path("again").exists()
     assert_same(weights(again), theta)
 
 
@@ -978,8 +1125,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         COUNT.format("ckpt_interval", 0, "outer steps between checkpoints"),
     ),
     ({"cosine_anneal": 1}, "`cosine_anneal` (=1) must be True or False."),
-    ({"model_cls": Classifier.forward}, f"`model_cls` (={Classifier.forward!r}) must be a class of "),
-    ({"optimizer_cls": "adam"}, "`optimizer_cls` (='adam') must be a class of torch.optim.optimizer.Optimizer."),
+    ({"model_cls": Classifier.forward}, f"`model_cls` (={Classifier.forward!r}) must be a class derived from "),
+    (
+        {"optimizer_cls": "adam"},
+        "`optimizer_cls` (='adam') must be a class derived from torch.optim.optimizer.Optimizer.",
+    ),
+    ({"save_dir": 3}, "`save_dir` (=3) must be the path of a folder, or None."),
+    ({"save_dir": ""}, "`save_dir` (='') must be the path of a folder, or None."),
+    ({"save_dir": __file__}, f"`save_dir` (={__file__!r}) is a file. Name a folder; it is made if it doesn't exist."),
     ({"loss_fn": "mse"}, "`loss_fn` (='mse') must be a callable `(model(x), y) -> loss`."),
     (
         {"train_loss_hook": 3},
@@ -1042,6 +1195,35 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         simulator(**arguments)
     assert str(caught.value).startswith(message) if message.endswith((" ", "(=")) else str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", [*_OWN_TRAINER_ARGUMENTS, *_OWN_STRATEGY_ARGUMENTS])
+def test_what_the_simulator_decides_can_t_be_given_twice(name: str) -> None:
+    where = "trainer_kwargs" if name in _OWN_TRAINER_ARGUMENTS else "strategy_kwargs"
+    with pytest.raises(ValueError, match=rf"^`{where}` has '{name}' \(=1\), which is decided by .*\. Leave it out\.$"):
+        simulator(**{where: {name: 1}})
+
+
+def test_what_the_simulator_decides_is_what_it_passes_on() -> None:
+    """Else a user's value would replace the simulator's, or clash with it."""
+    source = inspect.getsource(DilocoSimulator._fit)
+    assert set(_OWN_TRAINER_ARGUMENTS) >= {"strategy", "max_steps", "max_epochs", "enable_checkpointing"}
+    assert all(f"{name}=" in source for name in ("strategy", "max_steps", "max_epochs", "enable_checkpointing"))
+
+
+def test_defaults() -> None:
+    defaults = {
+        k: p.default for k, p in inspect.signature(DilocoSimulator).parameters.items() if p.default is not p.empty
+    }
+    assert {k: v for k, v in defaults.items() if v is not None} == {
+        "optimizer_cls": torch.optim.AdamW,
+        "outer_optimizer_cls": torch.optim.SGD,
+        "num_epochs": 1,
+        "cosine_anneal": False,
+        "eval_iters": 50,
+    }
+    outer = trained(max_local_step=1).strategy.outer_optimizer.defaults
+    assert [outer[k] for k in ("lr", "momentum", "nesterov")] == [0.7, 0.9, True]
 
 
 def test_an_unknown_argument_is_refused_with_its_name() -> None:
