@@ -4,6 +4,7 @@ Owns the constructor, Lightning's Strategy hooks, and the life of an :class:`~li
 fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engine.py``).
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -293,7 +294,7 @@ class DilocoStrategy(ProcessStrategy):
             "diloco_interval": self._interval,
             "algorithm": type(self._algorithm).__qualname__,
             "outer_optimizer_cls": type(trial_optimizer(self._outer_factory)).__qualname__,
-            "outer_optimizer_kwargs": repr(trial_optimizer(self._outer_factory).defaults),
+            "outer_optimizer_kwargs": _without_addresses(repr(trial_optimizer(self._outer_factory).defaults)),
             "final_sync": self._final_sync,
             "reduction": self._reduction,
             **vars(self._policies),
@@ -554,3 +555,8 @@ class DilocoStrategy(ProcessStrategy):
         dealt = deal(dataloader, self._dealing)
         self._dealing = replace(self._dealing, loader=self._dealing.loader + 1)
         return dealt
+
+
+def _without_addresses(text: str) -> str:
+    """A ``repr`` without what differs from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

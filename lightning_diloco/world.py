@@ -115,7 +115,8 @@ class World:
             places = "; ".join(f"process {r} is at {place}" for r, (place, _) in enumerate(seen))
             raise RuntimeError(
                 f"The processes are at different places: {places}. All must take the same steps; look for loaders of"
-                " different lengths, and for hooks that stop or validate on one process only."
+                " different lengths, and for hooks that stop, validate, save or (with sync_dist=True) log on one"
+                " process only."
             )
         return [value for _, value in seen]
 

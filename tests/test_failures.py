@@ -214,8 +214,8 @@ def test_processes_that_part_ways_are_told_so(tmp_path: Path) -> None:
     for error in raised(shorter, 2, tmp_path / "shorter"):
         assert error.startswith("RuntimeError: The processes are at different places: process 0 is at ")
         assert error.endswith(
-            ". All must take the same steps; look for loaders of different lengths, and for hooks that stop or validate"
-            " on one process only."
+            ". All must take the same steps; look for loaders of different lengths, and for hooks that stop, validate,"
+            " save or (with sync_dist=True) log on one process only."
         )
     for error in raised(writes, 2, tmp_path / "writes"):
         assert error == (
@@ -223,6 +223,21 @@ def test_processes_that_part_ways_are_told_so(tmp_path: Path) -> None:
             " steps: something wrote different weights into the module on different processes. Callbacks and hooks must"
             " write the same everywhere."
         )
+
+
+def test_a_value_that_one_process_logs_is_named(tmp_path: Path) -> None:
+    class LogsAlone(Project):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.strategy.current_worker == 0:
+                self.log("alone", 1.0, on_step=False, on_epoch=True, sync_dist=True)
+            return self.loss(batch)
+
+    def run() -> None:
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=9, timeout=TIMEOUT)
+        trainer(diloco, devices=2, max_epochs=1, default_root_dir=tmp_path).fit(LogsAlone(), loader())
+
+    for error in raised(run, 2, tmp_path):
+        assert "process 0 is at the reduction of what is logged as training_step.alone with sync_dist=True;" in error
 
 
 def test_a_partition_that_fails_fails_everywhere(tmp_path: Path) -> None:

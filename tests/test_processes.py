@@ -538,6 +538,63 @@ def test_logs_per_worker_are_complete_on_the_first_process(tmp_path: Path) -> No
     assert one == two == four
 
 
+def test_workers_may_log_in_an_order_of_their_own(tmp_path: Path) -> None:
+    class LogsInTurn(Net):
+        def training_step(self, batch, batch_idx):
+            w = self.trainer.strategy.current_worker
+            both = {"on_step": True, "on_epoch": True, "sync_dist": True}
+            if w in (0, 3):
+                self.log("some", float(w), **both)
+            self.log("sum", 1.0, reduce_fx="sum", **both)
+            self.log("largest", float(w + batch_idx), reduce_fx="max", **both)
+            if w in (1, 2):
+                self.log("some", float(w), **both)
+                self.log("others", float(w), **both)
+            return self.loss(batch)
+
+    def logged(size: int) -> dict[str, float]:
+        t = trainer(
+            DilocoStrategy(num_nodes=4, diloco_interval=4), devices=size, max_epochs=1, default_root_dir=tmp_path
+        )
+        t.fit(LogsInTurn(), loader())
+        return {k: v.item() for k, v in t.callback_metrics.items()}
+
+    (one,), two = run(logged, 1, 1, out=tmp_path / "1"), run(logged, 2, 2, out=tmp_path / "2")
+    assert one["largest"] == 3 + 5
+    assert (one["some"], one["others"], one["sum"]) == (1.5, 1.5, 24.0)
+    assert two == [one, one]
+
+
+def test_the_process_group_may_be_destroyed_between_fits(tmp_path: Path) -> None:
+    def fit() -> int:
+        strategy = DilocoStrategy(num_nodes=2, diloco_interval=4)
+        for _ in range(2):
+            trainer(strategy, devices=2, max_steps=5, default_root_dir=tmp_path).fit(Project(), loader())
+            dist.destroy_process_group()
+            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        return strategy.local_steps
+
+    assert run(fit, 2, out=tmp_path / "out") == [5, 5]
+
+
+def test_an_outer_optimizer_may_have_objects_among_its_arguments(tmp_path: Path) -> None:
+    """Their addresses, which ``repr`` shows, differ from process to process."""
+
+    class Scaled(torch.optim.SGD):
+        def __init__(self, parameters: Any, scale: Any) -> None:
+            super().__init__(parameters, lr=0.7)
+            self.defaults["scale"] = scale
+
+    def fit() -> int:
+        kept = [object() for _ in range(1 + 100 * int(os.environ["LOCAL_RANK"]))]
+        kwargs = {"scale": kept[-1]}
+        strategy = DilocoStrategy(num_nodes=2, outer_optimizer_cls=Scaled, outer_optimizer_kwargs=kwargs)
+        trainer(strategy, devices=2, max_steps=3, default_root_dir=tmp_path).fit(Project(), loader())
+        return strategy.outer_steps
+
+    assert run(fit, 2, out=tmp_path / "out") == [1, 1]
+
+
 # -------------------------------------------------------------------------------------------- checkpoints
 
 

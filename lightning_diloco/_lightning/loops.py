@@ -355,6 +355,7 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_LoggerConnector, "update_train_step_metrics"): ("self",),
     (_ResultCollection, "update_metrics"): ("self", "key", "value", "batch_size"),
     (_ResultCollection, "metrics"): ("self", "on_step"),
+    (_ResultCollection, "valid_items"): ("self",),
     (_ResultCollection, "reset"): ("self", "metrics", "fx"),
     (_DataConnector, "_requires_distributed_sampler"): ("self", "dataloader"),
     (_DataConnector, "_resolve_sampler"): ("self", "dataloader", "shuffle", "mode"),

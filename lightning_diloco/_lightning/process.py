@@ -231,8 +231,9 @@ class ProcessStrategy(SingleDeviceStrategy):
         if self._timeout is not None:
             options["timeout"] = self._timeout
         backend = self._backend or _get_default_process_group_backend_for_device(device)
+        begins = not torch.distributed.is_initialized()  # or again, after `destroy_process_group`
         _init_dist_connection(self.cluster_environment, backend, **options)
-        if self.world.size != size:
+        if begins or self.world.size != size:
             self.world = World(self._num_workers, self.global_rank, size)
             self.world.connect(self._timeout, self.settings)
         self.world.stop_requested = self.world.stopping = False

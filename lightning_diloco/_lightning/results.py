@@ -27,6 +27,7 @@ class WorkerResults(_ResultCollection):
     _step_values: dict[str, dict[int, Any]]
     _world: World
     _reduce: Callable[..., Any]
+    _visited: str
     _own: dict[int, _ResultCollection]
 
     def prepare(self, world: World, per_worker: bool) -> None:
@@ -34,6 +35,7 @@ class WorkerResults(_ResultCollection):
         self._worker = None
         self._step_values = {}
         self._world = world
+        self._visited = "by a hook"
         self._own = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
@@ -70,7 +72,19 @@ class WorkerResults(_ResultCollection):
 
     def _reduce_outside_turns(self, value: Any, *args: Any, **kwargs: Any) -> Any:
         """``sync_dist=True``: step values wait for :meth:`fold`, so that all workers' are reduced in their order."""
-        return value if self._worker is not None else self._reduce(value, *args, **kwargs)
+        if self._worker is not None:
+            return value
+        self._world.meet(f"the reduction of what is logged {self._visited} with sync_dist=True")
+        return self._reduce(value, *args, **kwargs)
+
+    @override
+    def valid_items(self) -> Any:
+        """In one order on all processes: workers may log in orders of their own, and each metric is reduced in turn."""
+        items = super().valid_items()
+        for key, metric in sorted(items, key=lambda item: item[0]) if self._world.size > 1 else items:
+            self._visited = f"as {key}"
+            yield key, metric
+        self._visited = "by a hook"
 
     def fold(self) -> None:
         """After the workers' turns: the step value of a key becomes its reduction over those who logged it."""
