@@ -15,7 +15,7 @@ from helpers import Net, loader, regression_data, trainer
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import CSVLogger
-from processes import run
+from processes import free_port, run
 from test_algorithms import DataParallel, Gossip, PeriodicAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -566,12 +566,15 @@ def test_workers_may_log_in_an_order_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_process_group_may_be_destroyed_between_fits(tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+
     def fit() -> int:
         strategy = DilocoStrategy(num_nodes=2, diloco_interval=4)
-        for _ in range(2):
+        for port in ports:
+            os.environ["MASTER_PORT"] = str(port)
+            strategy.cluster_environment = None  # which remembers the port
             trainer(strategy, devices=2, max_steps=5, default_root_dir=tmp_path).fit(Project(), loader())
             dist.destroy_process_group()
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         return strategy.local_steps
 
     assert run(fit, 2, out=tmp_path / "out") == [5, 5]
