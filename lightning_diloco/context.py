@@ -149,14 +149,14 @@ class SyncContext:
         theta, world = self.outer.tensors, self.comm.world
         norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
-        everybody = world.meet(where, (norms, world.stop_requested, checksum(theta) if world.size > 1 else 0))
+        everybody = world.meet(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
         if any(checksum != everybody[0][2] for _, _, checksum in everybody):
             odd = next(r for r, (_, _, checksum) in enumerate(everybody) if checksum != everybody[0][2])
             raise RuntimeError(
                 f"Process {odd} holds another outer model θ than process 0 at {where}: something wrote different"
                 " weights into the module on different processes. Callbacks and hooks must write the same everywhere."
             )
-        world.stopping = any(stop for _, stop, _ in everybody)
+        world.known_signals = set().union(*(signals for _, signals, _ in everybody))
         norms = self._joined_norms([theirs for theirs, _, _ in everybody])
         scale = euclidean_norm(theta[n] for n in self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)

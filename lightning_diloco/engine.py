@@ -248,7 +248,7 @@ class Engine:
         self._inner.share_outside_changes()
         reports = self.algorithm.after_inner_step(self.local_steps)
         if not reports and self.context.due(self.local_steps):  # an algorithm that meets in its own way, or never
-            self.world.share_stop(f"the end of a round after {self.local_steps} local steps")
+            self.world.share_signals(f"the end of a round after {self.local_steps} local steps")
         return self._exchanged(reports)
 
     def share_buffers_in_team(self) -> None:

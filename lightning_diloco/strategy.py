@@ -217,6 +217,11 @@ class DilocoStrategy(ProcessStrategy):
     @property
     def engine(self) -> Engine:
         """The engine of the present or last fit."""
+        if self._engine is None and self._only_starts_others:
+            raise RuntimeError(
+                f"The workers live in the processes that this one started (`start_method` is {self._start_method!r};"
+                " in notebooks that is 'fork'), and ended with them. Ask in a callback or hook of the fit."
+            )
         if self._engine is None:
             raise RuntimeError(
                 "The workers exist from `on_train_start` on, until the next fit. Call `trainer.fit` first, or ask"
@@ -512,12 +517,12 @@ class DilocoStrategy(ProcessStrategy):
 
     @override
     def teardown(self) -> None:
-        module = self.lightning_module
+        trainer = self._trainer_here
+        super().teardown()
         if self._engine is not None:
             self._engine.close()
-        if module is not None:
-            loops.uninstall(module.trainer)
-        super().teardown()
+        if trainer is not None:
+            loops.uninstall(trainer)
         if self._trial:
             self._engine = None
         elif self._engine is not None:

@@ -35,8 +35,9 @@ class World:
         team: number of processes per worker k (1 unless W > N).
         member: this process's number in its worker's team, from 0.
         device: where this process computes.
-        stop_requested: this process was told to end (SIGTERM); shared with the others at the next synchronisation.
-        stopping: some process was told to end, and all know it.
+        signals: what this process was told from outside: "stop" (SIGTERM), "requeue" (SLURM). The others hear of it at
+            the next synchronisation.
+        known_signals: what some process was told, and all know.
     """
 
     def __init__(self, num_workers: int, rank: int = 0, size: int = 1) -> None:
@@ -47,7 +48,8 @@ class World:
         self._hosted = max(1, num_workers // size)
         first = rank // self.team * self._hosted
         self.workers = list(range(first, first + self._hosted))
-        self.stop_requested = self.stopping = False
+        self.signals: set[str] = set()
+        self.known_signals: set[str] = set()
         self.device = torch.device("cpu")
         self._timeout: timedelta | None = None
         self._control: Any = None
@@ -131,9 +133,14 @@ class World:
                 f" (at most `timeout` = {self._timeout} was waited). Its own output tells why. {error}"
             ) from error
 
-    def share_stop(self, where: str) -> None:
-        """All learn whether one of them was told to end."""
-        self.stopping = any(self.meet(where, self.stop_requested))
+    def share_signals(self, where: str) -> None:
+        """All learn what one of them was told."""
+        self.known_signals = set().union(*self.meet(where, self.signals))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether some process was told to end, and all know it."""
+        return "stop" in self.known_signals
 
     def agree(self, where: str, value: dict[str, Any]) -> None:
         """Checks that all processes were given the same.

@@ -25,6 +25,12 @@ import lightning as L, torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_diloco import DilocoStrategy
 
+class Writes(L.Callback):
+    def on_train_end(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            time.sleep(3)  # longer than the watch over the parent looks away
+            open("written late", "w").write("")
+
 class Module(BoringModel):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if "fail" in sys.argv and self.trainer.global_step == 3 and self.trainer.global_rank == int(sys.argv[-1]):
@@ -44,11 +50,14 @@ if __name__ == "__main__":
     trainer = L.Trainer(
         strategy=strategy, devices=1 if sys.argv[1] == "one" else 2, accelerator="cpu", max_steps=10, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        callbacks=[Writes()] if "late" in sys.argv else [],
     )
     try:
         trainer.fit(module)
-    except ValueError as error:
-        print("caught", error, flush=True)
+    except Exception as error:
+        print("caught", str(error).strip().splitlines()[-1].removeprefix("ValueError: "), flush=True)
+        if sys.argv[1] in ("spawn", "fork"):
+            sys.exit(3)
         time.sleep(8)  # longer than Lightning's observer of child processes sleeps
         open(f"survived {trainer.global_rank}", "w").write("")
         sys.exit(3)
@@ -57,6 +66,11 @@ if __name__ == "__main__":
         open("outlived", "w").write("")
     if trainer.is_global_zero:
         torch.save(module.state_dict(), f"{sys.argv[1]}.pt")
+    if sys.argv[1] == "fork":
+        try:
+            strategy.ledger
+        except RuntimeError as error:
+            print(error)
 """
 
 
@@ -87,6 +101,10 @@ def test_popen_spawn_and_fork_train_as_one_process_does(tmp_path: Path) -> None:
     for method in ("one", "popen", "spawn", "fork", "notebook"):
         done = call(tmp_path, method)
         assert done.returncode == 0, done.stderr
+        assert (method == "fork") == (
+            "The workers live in the processes that this one started (`start_method` is 'fork'; in notebooks that is"
+            " 'fork'), and ended with them. Ask in a callback or hook of the fit." in done.stdout
+        )
     expected = torch.load(tmp_path / "one.pt", weights_only=True)
     for method in ("popen", "spawn", "fork", "notebook"):
         state = torch.load(tmp_path / f"{method}.pt", weights_only=True)
@@ -120,6 +138,18 @@ def test_a_process_may_work_on_after_the_fit_when_its_parent_is_gone(tmp_path: P
     while not (tmp_path / "outlived").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_a_process_that_is_done_first_waits_for_the_others(tmp_path: Path) -> None:
+    """Whoever starts the others must not look like one that died, or they would end in the middle of their work."""
+    assert call(tmp_path, "popen", "late").returncode == 0
+    assert (tmp_path / "written late").exists()
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_an_error_in_a_started_process_arrives(method: str, tmp_path: Path) -> None:
+    done = call(tmp_path, method, "fail", "1")
+    assert (done.returncode, done.stdout.strip()) == (3, "caught ill"), done.stderr
 
 
 def test_a_script_that_catches_its_own_error_goes_on_and_leaves_none_behind(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ what a process does in between. Private because Lightning's launchers and signal
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -41,8 +42,13 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         self.procs.clear()  # Lightning's observer of this list would kill this process, too
 
 
-def watch_parent(launcher: Any, environment: Any) -> Callable[[], None]:
+def watch_parent(launcher: Any, environment: Any, spare: Callable[[], bool]) -> Callable[[], None]:
     """Ends this process when the one that started it is gone: the next exchange, which would fail, may be far away.
+
+    Args:
+        launcher: what started this process, if Lightning did.
+        environment: the cluster environment.
+        spare: whether this process is about to end by itself.
 
     Returns:
         What ends the watch: a process may outlive its parent when it waits for nobody.
@@ -52,29 +58,55 @@ def watch_parent(launcher: Any, environment: Any) -> Callable[[], None]:
     started = started or isinstance(launcher, _MultiProcessingLauncher)
     started = started or isinstance(environment, TorchElasticEnvironment)
     if started and os.name != "nt":  # which doesn't tell
-        threading.Thread(target=_watch, args=(os.getppid(), over), name="watch over parent", daemon=True).start()
+        arguments = (os.getppid(), over, spare)
+        threading.Thread(target=_watch, args=arguments, name="watch over parent", daemon=True).start()
     return over.set
 
 
-def _watch(parent: int, over: threading.Event) -> None:
+def _watch(parent: int, over: threading.Event, spare: Callable[[], bool]) -> None:
     while not over.wait(0.5):
-        if os.getppid() != parent:
+        if os.getppid() != parent and not spare():
             print(f"lightning_diloco: process {os.getpid()} ends because its parent {parent} is gone.", file=sys.stderr)
             os._exit(1)
 
 
 class DilocoSignalConnector(_SignalConnector):
-    """What SIGTERM does where several processes train.
+    """What signals do where several workers train: they wait until all workers are at the same step.
 
-    Lightning's handler broadcasts in the middle of whatever the processes are doing, and its loop broadcasts before
-    every batch to receive that. Here the signal waits for the next synchronisation, where all learn of it and stop
-    after the same step, so that a checkpoint can still be written.
+    Lightning's handler of SIGTERM broadcasts in the middle of whatever the processes are doing, and its loop broadcasts
+    before every batch to receive that; its handler of SLURM's requeue signal saves a file in the middle of a worker's
+    turn. Here a process notes what it was told, and :meth:`obey` acts after a local step: with several processes after
+    the next synchronisation, where all have learnt of it.
     """
 
     @override
     def _sigterm_notifier_fn(self, signum: Any, frame: Any) -> None:
-        strategy: ProcessStrategy = self.trainer.strategy  # type: ignore[assignment]
-        if not strategy.world.stop_requested and strategy.launcher is not None:
+        strategy = self._strategy
+        if strategy.world.size == 1:
+            super()._sigterm_notifier_fn(signum, frame)
+            return
+        if "stop" not in strategy.world.signals and strategy.launcher is not None:
             strategy.launcher.kill(signum)
-        strategy.world.stop_requested = True
+        strategy.world.signals.add("stop")
         self.received_sigterm = self.received_sigterm or self.trainer.state.fn != TrainerFn.FITTING
+
+    @override
+    def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            super()._slurm_sigusr_handler_fn(signum, frame)
+        self._strategy.world.signals.add("requeue")
+
+    def obey(self) -> None:
+        """Between steps, on all processes: does what the signals ask for."""
+        world = self._strategy.world
+        known = world.signals if world.size == 1 else world.known_signals
+        if "requeue" in known:
+            known.discard("requeue")
+            world.signals.discard("requeue")
+            super()._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+        if world.stopping:
+            self.received_sigterm = True
+
+    @property
+    def _strategy(self) -> "ProcessStrategy":
+        return self.trainer.strategy  # type: ignore[return-value]

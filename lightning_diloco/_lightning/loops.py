@@ -162,8 +162,6 @@ class DilocoEpochLoop(_TrainingEpochLoop):
                         if not trainer.lightning_module.automatic_optimization:
                             engine.share_buffers_in_team()  # as DDP does before every forward
                         _strategy_of(trainer).deliver(engine.end_step())
-                    if engine.world.stopping:
-                        trainer._signal_connector.received_sigterm = True
         self.batch_progress.increment_processed()
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
@@ -174,6 +172,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
 
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+        trainer._signal_connector.obey()
         connector.on_batch_end()
         self.batch_progress.increment_completed()
         connector.update_train_step_metrics()
@@ -360,6 +359,7 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_DataConnector, "_requires_distributed_sampler"): ("self", "dataloader"),
     (_DataConnector, "_resolve_sampler"): ("self", "dataloader", "shuffle", "mode"),
     (_SignalConnector, "_sigterm_notifier_fn"): ("self", "signum", "_"),
+    (_SignalConnector, "_slurm_sigusr_handler_fn"): ("self", "signum", "_"),
     (_SubprocessScriptLauncher, "_call_children_scripts"): ("self",),
 }
 

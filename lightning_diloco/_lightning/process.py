@@ -209,9 +209,8 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        if self.is_distributed:
-            for name, (_, ours) in _CONNECTORS.items():
-                getattr(model.trainer, name).__class__ = ours
+        for name in _CONNECTORS if self.is_distributed else ["_signal_connector"]:
+            getattr(model.trainer, name).__class__ = _CONNECTORS[name][1]
 
     @override
     def setup_environment(self) -> None:
@@ -221,7 +220,10 @@ class ProcessStrategy(SingleDeviceStrategy):
             self.world = World(self._num_workers)
             return
         self._end_watch()  # of an earlier run that an exception ended
-        self._end_watch = watch_parent(self._launcher, self.cluster_environment)
+        # a process that was told to stop does so itself, when it has saved what it can
+        self._end_watch = watch_parent(
+            self._launcher, self.cluster_environment, spare=lambda: "stop" in self.world.signals
+        )
         if self._num_workers == 1:
             reset_seed()  # as DDP does; several workers have random streams of their own
         self.set_world_ranks()
@@ -236,7 +238,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         if begins or self.world.size != size:
             self.world = World(self._num_workers, self.global_rank, size)
             self.world.connect(self._timeout, self.settings)
-        self.world.stop_requested = self.world.stopping = False
+        self.world.signals, self.world.known_signals = set(), set()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -262,13 +264,16 @@ class ProcessStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
-        module = self.lightning_module
-        if module is not None and module._trainer is not None:
+        trainer = self._trainer_here
+        if trainer is not None:
+            if not trainer.interrupted:
+                self.world.meet("the end of the run")  # a parent that is done first must not look like one that died
             for name, (theirs, ours) in _CONNECTORS.items():
-                connector = getattr(module.trainer, name)
+                connector = getattr(trainer, name)
                 connector.__class__ = theirs if type(connector) is ours else type(connector)
             if self._sync_layers is not None and self.is_distributed:
-                self._sync_layers.revert(module)
+                assert self.lightning_module is not None
+                self._sync_layers.revert(self.lightning_module)
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self._end_watch()
@@ -351,21 +356,21 @@ class ProcessStrategy(SingleDeviceStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", **_: Any) -> Any:
-        if self.world.size == 1 or not isinstance(tensor, Tensor):
+        if self.world.size == 1 or self._alone or not isinstance(tensor, Tensor):
             return tensor
         self.world.meet("a reduction (sync_dist=True does one)")
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self.world.size == 1:
+        if self.world.size == 1 or self._alone:
             return decision
         votes = self.reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
         return bool(votes == self.world.size) if all else bool(votes)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        if self.world.size == 1:
+        if self.world.size == 1 or self._alone:
             return tensor
         self.world.meet("all_gather")
         return _all_gather_ddp_if_available(tensor, group, sync_grads)
@@ -378,9 +383,18 @@ class ProcessStrategy(SingleDeviceStrategy):
     @property
     def _alone(self) -> bool:
         """Whether an exception ends this process while the others may be anywhere."""
-        module = self.lightning_module
-        interrupted = module is not None and module._trainer is not None and module.trainer.interrupted
+        interrupted = self._trainer_here is not None and self._trainer_here.interrupted
         return interrupted and self.world.size > 1 and not self.world.stopping
+
+    @property
+    def _trainer_here(self) -> Trainer | None:
+        """The Trainer that runs in this process: none in one that only starts others ("spawn", "fork")."""
+        module = self.lightning_module
+        return None if module is None else module._trainer
+
+    @property
+    def _only_starts_others(self) -> bool:
+        return isinstance(self._launcher, _MultiProcessingLauncher) and self.world.size == 1
 
 
 _CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → its class, and ours
