@@ -1,4 +1,4 @@
-"""Tensors as bits: compared, hashed, and made ready to travel.
+"""Tensors as numbers and as bits: compared, hashed, and made ready to travel.
 
 Owns nothing but these functions. Imports nothing of Lightning.
 """
@@ -16,10 +16,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    a, b = real_view(a), real_view(b)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.view(integer), b.view(integer))
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """One dimension of real numbers, in the logical order of elements; a view where the memory is in that order."""
+    return real_view(tensor).reshape(-1)
 
 
 def bits_of(tensor: Tensor) -> Tensor:

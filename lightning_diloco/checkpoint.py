@@ -28,8 +28,9 @@ from torch import Tensor
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.bits import same_bits
-from lightning_diloco.comm import Exchange, Ledger, mean_of
+from lightning_diloco.comm import Exchange, Ledger
 from lightning_diloco.context import SyncContext
+from lightning_diloco.means import mean_of
 from lightning_diloco.replicas import Layout, ModelState, put_buffer
 from lightning_diloco.worker import OptimizerState, Worker
 from lightning_diloco.world import World

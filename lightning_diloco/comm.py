@@ -1,15 +1,14 @@
 """What crosses between workers, and the ledger that counts it.
 
-Owns the arithmetic of an exchange (order of summation, accumulation dtype), its way over processes, and its byte count.
-Does not own what is exchanged or when (``algorithms/``), nor who hosts whom (``world.py``). Imports nothing of
-Lightning.
+Owns the way of an exchange over processes, and its byte count. Does not own its arithmetic (``means.py``), what is
+exchanged or when (``algorithms/``), nor who hosts whom (``world.py``). Imports nothing of Lightning.
 
 A mean over W processes moves each tensor as a ring all-reduce does, twice, whatever ``ordered``: with n workers per
 process and P bytes, a process sends n·P·(W−1)/W so that each process can sum its slice of the tensor in the workers'
 order, and P·(W−1)/W with the result. For n = 1 that is the ring's 2P(W−1)/W, and H times less often than DDP.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,13 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_diloco.bits import bits_of
+from lightning_diloco.bits import bits_of, flat, real_view
+from lightning_diloco.means import accumulator, chunks, in_shape, mean_of, piece, room_for, shape_of
 from lightning_diloco.world import World
 
 CHUNK = 1 << 22
-"""Elements that a process exchanges at a time, per worker."""
+"""Elements that a process averages at a time, those of all its workers together."""
 
 _MEAN = "a mean over workers"
+
 
 Read = Callable[[int], Mapping[str, Tensor]]  # worker → named tensors
 
@@ -126,21 +127,35 @@ class Comm:
         if weights is not None:
             weights = [weight for _, weight in sorted(zip(workers, weights, strict=True))]
         workers = sorted(workers)
+        own = read((workers if self.world.size == 1 else self.world.workers)[0]) if like is None else like
+        shapes = {n: shape_of(own, n) for n in names}
         if self.world.size == 1:
-            values, result, sent = [read(w) for w in workers], {}, 0
-            for name in names:
-                held = [tensors[name] for tensors in values]
-                result[name] = mean_of(held, weights)
-                sent += held[0].nbytes
-                if self.observer is not None:
-                    self.observer.saw(what, name, 0, [*map(_flat, held)], _flat(result[name]))
+            result = self._mean_here(names, [read(w) for w in workers], weights, what, shapes)
         else:
-            own = read(self.world.workers[0]) if like is None else like
-            shapes = {n: _shape_of(own[n]) for n in names}
             result = self._mean_over_processes(names, read, workers, weights, what, shapes)
-            sent = sum(t.nbytes for t in shapes.values())
+        sent = sum(t.nbytes for t in shapes.values())
         if what is not None:
             self.record(what, sent)
+        return result
+
+    def _mean_here(
+        self,
+        names: Sequence[str],
+        held: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float] | None,
+        what: str | None,
+        like: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """In chunks, so that memory stays bounded."""
+        result = {}
+        for n in names:
+            means = [room_for(like[n])[:0]]
+            for ((_, start, stop),) in chunks([n], like, CHUNK // len(held) or 1):
+                pieces = [piece(tensors, n, start, stop) for tensors in held]
+                means.append(mean_of(pieces, weights))
+                if self.observer is not None:
+                    self.observer.saw(what, n, start, pieces, means[-1])
+            result[n] = in_shape(means[1] if len(means) == 2 else torch.cat(means), like[n])
         return result
 
     def _mean_over_processes(
@@ -156,48 +171,37 @@ class Comm:
         world, here = self.world, [w for w in participants if w in self.world.workers]
         total = len(participants) if weights is None else sum(weights)
         shares = {w: (1 if weights is None else weights[i]) / total for i, w in enumerate(participants)}
-        result = {
-            n: torch.empty(
-                (*t.shape, 2) if t.is_complex() else t.shape, dtype=_accumulator(t.dtype.to_real()), device=t.device
-            )
-            for n, t in like.items()
-        }
-        latest: dict[int, tuple[str, Tensor]] = {}  # Δ_i is computed when read: a tensor of many chunks only once
-
-        def piece(worker: int, name: str, start: int, stop: int) -> Tensor:
-            if latest.get(worker, ("",))[0] != name:
-                latest[worker] = name, _flat(read(worker)[name])
-            return latest[worker][1][start:stop]
-
-        for segments in _chunks(names, like):
+        result = {n: room_for(t) for n, t in like.items()}
+        held = {w: read(w) for w in here}
+        for segments in chunks(names, like, CHUNK // len(world.workers) or 1):
             kind = like[segments[0][0]]
             width = -(-sum(stop - start for _, start, stop in segments) // world.size)
             rows = torch.zeros(len(here), width * world.size, dtype=kind.dtype.to_real(), device=kind.device)
             for row, worker in zip(rows, here, strict=True):
                 at = 0
                 for name, start, stop in segments:
-                    row[at : at + stop - start] = piece(worker, name, start, stop)
+                    row[at : at + stop - start] = piece(held[worker], name, start, stop)
                     at += stop - start
             if self.ordered:
                 slices = self._slices_of(rows, participants, width)
                 own = mean_of(slices, weights)
                 chunk = own.new_empty(width * world.size)
                 with world.talking(_MEAN):
-                    pieces = [bits_of(piece) for piece in torch.split(chunk, width)]
+                    pieces = [bits_of(part) for part in torch.split(chunk, width)]
                     dist.all_gather(pieces, bits_of(own))  # all_gather_into_tensor has changed its name
             else:
                 slices = []
-                chunk = rows.new_zeros(width * world.size, dtype=_accumulator(rows.dtype))
+                chunk = rows.new_zeros(width * world.size, dtype=accumulator(rows.dtype))
                 for row, worker in zip(rows, here, strict=True):
                     chunk += row.to(chunk.dtype) * (shares[worker] / world.team)
                 with world.talking(_MEAN):
                     dist.all_reduce(chunk)
             at = 0
             for name, start, stop in segments:
-                result[name].view(-1)[start:stop] = chunk[at : at + stop - start]
+                result[name][start:stop] = chunk[at : at + stop - start]
                 self._show(what, name, start, at, at + stop - start, width, slices, chunk)
                 at += stop - start
-        return {n: torch.view_as_complex(t) if like[n].is_complex() else t for n, t in result.items()}
+        return {n: in_shape(t, like[n]) for n, t in result.items()}
 
     def _slices_of(self, rows: Tensor, participants: Sequence[int], width: int) -> list[Tensor]:
         """Every participant's values of this process's slice, in order. Members of a team do their own slices each."""
@@ -261,8 +265,8 @@ class Comm:
             For every worker of a pair that is hosted here: a copy of its partner's tensors.
         """
         pairs, names, world = list(pairs), list(names), self.world
-        flat = [w for pair in pairs for w in pair]
-        if len(set(flat)) != len(flat) or not set(flat) <= set(self.workers):
+        paired = [w for pair in pairs for w in pair]
+        if len(set(paired)) != len(paired) or not set(paired) <= set(self.workers):
             raise ValueError(f"`pairs` (={pairs}) must be disjoint pairs of different workers out of {self.workers}.")
         received: dict[int, dict[str, Tensor]] = {}
         for own, partner in [pair for a, b in pairs for pair in ((a, b), (b, a))]:  # all processes pair after pair
@@ -274,7 +278,7 @@ class Comm:
             received[own] = {n: torch.empty_like(read(own)[n]) for n in names}
             rank = world.host(partner, world.member)
             for name in names:
-                outgoing, incoming = _flat(read(own)[name]).contiguous(), _flat(received[own][name]).contiguous()
+                outgoing, incoming = flat(read(own)[name]).contiguous(), flat(received[own][name]).contiguous()
                 operations = [
                     dist.P2POp(dist.isend, bits_of(outgoing), rank),
                     dist.P2POp(dist.irecv, bits_of(incoming), rank),
@@ -282,7 +286,7 @@ class Comm:
                 with world.talking(f"the swap between workers {own} and {partner}"):
                     for work in dist.batch_isend_irecv(operations):
                         work.wait()
-                target = _real(received[own][name])
+                target = real_view(received[own][name])
                 target.copy_(incoming.view_as(target))
         if pairs:
             mine = read(world.workers[0])
@@ -293,64 +297,3 @@ class Comm:
         """Enters an exchange in the ledger; algorithms that move tensors themselves call it."""
         if payload_bytes:
             self.ledger.entries.append(Exchange(self.clock(), what, payload_bytes))
-
-
-def _chunks(names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
-    """Segments (name, start, stop) of flattened tensors, in groups of one dtype and device and bounded size."""
-    kinds = dict.fromkeys((like[n].dtype, like[n].device) for n in names)
-    for kind in kinds:
-        group, free = [], CHUNK
-        for name in names:
-            size, at = like[name].numel() * (1 + like[name].is_complex()), 0
-            while (like[name].dtype, like[name].device) == kind and at < size:
-                stop = min(size, at + free)
-                group.append((name, at, stop))
-                free, at = free - (stop - at), stop
-                if not free:
-                    yield group
-                    group, free = [], CHUNK
-        if group:
-            yield group
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, dtype and device that takes no memory; nobody looks at its values."""
-    return tensor.new_empty(()).expand(tensor.shape)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """One dimension, in the logical order of elements; complex numbers as pairs."""
-    return _real(tensor).reshape(-1)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Half types are summed in float32."""
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
-
-
-def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """``x_0 + (Σ_{i>0} (x_i − x_0)) / N``, summed in order; with weights ``x_0 + Σ_{i>0} w_i (x_i − x_0) / Σ_i w_i``.
-
-    Where all tensors are equal (infinite, too), so is their mean, exactly; ``Σ x_i / N`` misses it for N = 3, 5, 6, 7.
-
-    Args:
-        tensors: at least one; same shape and dtype.
-        weights: one number per tensor, not all zero.
-
-    Returns:
-        A new tensor; half types are accumulated, and returned, in float32.
-    """
-    first = tensors[0].to(_accumulator(tensors[0].dtype), copy=True)
-    if len(tensors) == 1:
-        return first
-    shift = torch.zeros_like(first)
-    for i, tensor in enumerate(tensors[1:], start=1):
-        tensor = tensor.to(first.dtype)
-        difference = (tensor - first).masked_fill_(tensor == first, 0)  # ∞ − ∞ would be NaN
-        shift += difference if weights is None else difference * weights[i]
-    mean = shift.div_(len(tensors) if weights is None else sum(weights)).add_(first)
-    return torch.where(mean == first, first, mean)  # keeps the sign of −0.0

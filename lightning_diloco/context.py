@@ -8,7 +8,7 @@ own the outer step itself (``algorithms/``). Imports nothing of Lightning.
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lightning_diloco.bits import checksum, digest, same_bits
 from lightning_diloco.comm import Comm, Ledger
 from lightning_diloco.inner import InnerOptimizers, average_inner_state
 from lightning_diloco.likeness import Likeness, euclidean_norm, likeness_of
+from lightning_diloco.means import Differences
 from lightning_diloco.outer import Outer
 from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, is_floating, put_buffer
 
@@ -50,22 +51,6 @@ class _Round:
     dropped: list[int]
     drift: tuple[float, ...]
     likeness: Likeness
-
-
-class _Differences(Mapping[str, Tensor]):
-    """``minuend − subtrahend``, name by name on demand: all workers' Δ_i at once would be N more models in memory."""
-
-    def __init__(self, names: list[str], minuend: Mapping[str, Tensor], subtrahend: Mapping[str, Tensor]) -> None:
-        self._names, self._minuend, self._subtrahend = names, minuend, subtrahend
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._minuend[name] - self._subtrahend[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 @dataclass
@@ -131,7 +116,7 @@ class SyncContext:
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
         """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype, each computed when asked for."""
-        return _Differences(self.names, self.outer.tensors, self.replicas.tensors(worker))
+        return Differences(self.names, self.outer.tensors, self.replicas.tensors(worker))
 
     def gradients(self, worker: int) -> dict[str, Tensor]:
         """With ``needs_gradients``, in ``before_inner_step``: worker i's gradients; write to them in place."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_diloco.bits import flat, real_view
 from lightning_diloco.comm import CHUNK
 
 
@@ -28,9 +29,7 @@ class Likeness:
         for at in range(0, len(mean), CHUNK):
             pieces = [t[at : at + CHUNK].double() for t in (mean, *rows)]
             if what == "weights":
-                theta = self._theta[name]
-                theta = (torch.view_as_real(theta) if theta.is_complex() else theta).reshape(-1)
-                old = theta[start + at : start + at + len(pieces[0])].double()
+                old = flat(self._theta[name])[start + at : start + at + len(pieces[0])].double()
                 pieces = [old - piece for piece in pieces]
             square = pieces[0] @ pieces[0]
             self._square = square if self._square is None else self._square + square
@@ -64,7 +63,5 @@ def likeness_of(parts: Sequence[Any]) -> tuple[float | None, float | None]:
 
 def euclidean_norm(tensors: Iterable[Tensor]) -> float:
     """Euclidean norm of all tensors together, accumulated in float64."""
-    norms = [
-        torch.linalg.vector_norm(torch.view_as_real(t) if t.is_complex() else t, dtype=torch.float64) for t in tensors
-    ]
+    norms = [torch.linalg.vector_norm(real_view(t), dtype=torch.float64) for t in tensors]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

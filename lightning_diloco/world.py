@@ -10,7 +10,7 @@ is number r mod k of worker ⌊r/k⌋'s team: a worker's team is contiguous, so 
 
 import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_diloco.bits import bits_of
+from lightning_diloco.bits import bits_of, flat, real_view
 
 
 class World:
@@ -206,19 +206,18 @@ class World:
                     f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which a worker's {self.team}"
                     " processes can't average. Use `sparse=False`, or at most as many processes as workers."
                 )
-        for key in dict.fromkeys((p.dtype, p.device) for p in held):
-            some = [p for p in held if (p.dtype, p.device) == key]
-            has = torch.tensor([p.grad is not None for p in some], dtype=_real(some[0]).dtype, device=key[1])
+        for some in _buckets(held):
+            has = torch.tensor([p.grad is not None for p in some], dtype=some[0].dtype.to_real(), device=some[0].device)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-            tensors = [_real(t) for t in [*gradients, has]]
-            flat = torch.cat([t.reshape(-1) for t in tensors]).div_(self.team)
+            pieces = [flat(t) for t in [*gradients, has]]
+            together = torch.cat(pieces).div_(self.team)
             with self.talking("the mean of its team's gradients"):
-                dist.all_reduce(flat, group=self._team_group)
-            *means, present = torch.split(flat, [t.numel() for t in tensors])
+                dist.all_reduce(together, group=self._team_group)
+            *means, present = torch.split(together, [t.numel() for t in pieces])
             for p, gradient, mean, somewhere in zip(some, gradients, means, present.tolist(), strict=True):
                 if somewhere:
                     p.grad = gradient
-                    _real(gradient).copy_(mean.view_as(_real(gradient)))
+                    real_view(gradient).copy_(mean.view_as(real_view(gradient)))
 
     @torch.no_grad()
     def team_mean(self, value: Tensor) -> Tensor:
@@ -250,15 +249,6 @@ class World:
                 tensor.copy_(values)
 
 
-def _travels(error: Exception) -> bool:
-    """Whether an exception survives pickling; those with constructors of their own may not."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return False
-    return True
-
-
 def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
     """Whether ``size`` processes can share ``num_workers`` workers evenly.
 
@@ -280,6 +270,24 @@ def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
         )
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Complex tensors as pairs of real numbers, which every back end can send."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _buckets(parameters: Sequence[nn.Parameter], most: int = 1 << 22) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one dtype and device, with ``most`` elements together unless a single one has more."""
+    for key in dict.fromkeys((p.dtype, p.device) for p in parameters):
+        bucket: list[nn.Parameter] = []
+        for p in parameters:
+            if (p.dtype, p.device) != key:
+                continue
+            if bucket and sum(q.numel() for q in bucket) + p.numel() > most:
+                yield bucket
+                bucket = []
+            bucket.append(p)
+        yield bucket
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an exception survives pickling; those with constructors of their own may not."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True

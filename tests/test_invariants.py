@@ -17,9 +17,10 @@ from reference import Reference, shards
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport
-from lightning_diloco.comm import mean_of
+from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport, comm
 from lightning_diloco.engine import Engine
+from lightning_diloco.means import Differences, mean_of
+from lightning_diloco.world import World
 
 SGD = torch.optim.SGD
 NESTEROV = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
@@ -622,6 +623,39 @@ def test_the_mean_of_whole_numbers(dtype):
     assert mean([1, 0, 2]) == [5, -5, 50]
     assert mean([0, 0, 1]) == [7, -7, 70]
     assert mean([1, 0, 0]) == [1, -1, 10]
+
+
+def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
+    """All workers' pseudo-gradients at once would be N more models in memory."""
+
+    class Look:
+        def saw(self, what, name, start, rows, mean):
+            seen.append((name, start, len(mean)))
+
+    def tensors(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"a": (5, 3), "few": (2,), "none": (0, 4), "scalar": ()}
+        real = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        return real | {"complex": torch.randn(2, 2, generator=generator, dtype=torch.complex128).T}
+
+    seen = []
+    theta, held = tensors(9), {w: tensors(w) for w in range(3)}
+    names = list(theta)
+    over = comm.Comm(World(3), lambda: 0)
+    over.observer = Look()
+    differences = {n: [theta[n] - held[w][n] for w in range(3)] for n in names}
+    pairs = [torch.view_as_real(d) for d in differences.pop("complex")]  # so that no layout divides complex numbers
+    whole = {n: mean_of(d, [1, 2, 3]) for n, d in differences.items()}
+    whole["complex"] = torch.view_as_complex(mean_of(pairs, [1, 2, 3]).contiguous())
+    monkeypatch.setattr(comm, "CHUNK", 12)  # 4 elements of each worker
+    monkeypatch.delattr(Differences, "__getitem__")  # nobody asks for a whole one
+    monkeypatch.setattr(Differences, "__abstractmethods__", frozenset())
+    mean = over.mean(names, lambda w: Differences(names, theta, held[w]), weights=[1, 2, 3])
+    assert_same(mean, whole)
+    assert mean["complex"].shape == (2, 2)
+    assert seen[:5] == [("a", 0, 4), ("a", 4, 4), ("a", 8, 4), ("a", 12, 3), ("few", 0, 2)]
+    assert seen[5:] == [("scalar", 0, 1), ("complex", 0, 4), ("complex", 4, 4)]
+    assert over.ledger.total_bytes == 8 * (15 + 2 + 0 + 1 + 2 * 4)
 
 
 def test_half_types_are_accumulated_in_float32():

@@ -1,0 +1,102 @@
+"""The arithmetic of an exchange: the mean of workers' tensors, piece by piece.
+
+Owns the order of summation, the accumulation dtype, and the cutting of tensors into pieces of bounded size. Does not
+own where the pieces come from or go to (``comm.py``). Imports nothing of Lightning.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.bits import flat
+
+
+def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """``x_0 + (Σ_{i>0} (x_i − x_0)) / N``, summed in order; with weights ``x_0 + Σ_{i>0} w_i (x_i − x_0) / Σ_i w_i``.
+
+    Where all tensors are equal (infinite, too), so is their mean, exactly; ``Σ x_i / N`` misses it for N = 3, 5, 6, 7.
+
+    Args:
+        tensors: at least one; same shape and dtype.
+        weights: one number per tensor, not all zero.
+
+    Returns:
+        A new tensor; half types are accumulated, and returned, in float32.
+    """
+    first = tensors[0].to(accumulator(tensors[0].dtype), copy=True)
+    if len(tensors) == 1:
+        return first
+    shift = torch.zeros_like(first)
+    for i, tensor in enumerate(tensors[1:], start=1):
+        tensor = tensor.to(first.dtype)
+        difference = (tensor - first).masked_fill_(tensor == first, 0)  # ∞ − ∞ would be NaN
+        shift += difference if weights is None else difference * weights[i]
+    mean = shift.div_(len(tensors) if weights is None else sum(weights)).add_(first)
+    return torch.where(mean == first, first, mean)  # keeps the sign of −0.0
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Half types are summed in float32."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+class Differences(Mapping[str, Tensor]):
+    """``minuend − subtrahend``, tensor by tensor and piece by piece, computed when asked for.
+
+    All workers' Δ_i at once would be N more models in memory.
+    """
+
+    def __init__(self, names: Sequence[str], minuend: Mapping[str, Tensor], subtrahend: Mapping[str, Tensor]) -> None:
+        self._names, self.minuend, self.subtrahend = names, minuend, subtrahend
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.minuend[name] - self.subtrahend[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def chunks(names: Sequence[str], like: Mapping[str, Tensor], most: int) -> Iterator[list[tuple[str, int, int]]]:
+    """Segments (name, start, stop) of flattened tensors, in groups of one dtype and device and ``most`` elements."""
+    kinds = dict.fromkeys((like[n].dtype, like[n].device) for n in names)
+    for kind in kinds:
+        group, free = [], most
+        for name in names:
+            size, at = like[name].numel() * (1 + like[name].is_complex()), 0
+            while (like[name].dtype, like[name].device) == kind and at < size:
+                stop = min(size, at + free)
+                group.append((name, at, stop))
+                free, at = free - (stop - at), stop
+                if not free:
+                    yield group
+                    group, free = [], most
+        if group:
+            yield group
+
+
+def piece(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    """Elements of a flattened tensor; of a difference, only these are computed."""
+    if isinstance(tensors, Differences):
+        return piece(tensors.minuend, name, start, stop) - piece(tensors.subtrahend, name, start, stop)
+    return flat(tensors[name])[start:stop]
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor of the same shape, dtype and device that takes no memory; nobody looks at its values."""
+    tensor = (tensors.minuend if isinstance(tensors, Differences) else tensors)[name]
+    return tensor.new_empty(()).expand(tensor.shape)
+
+
+def room_for(like: Tensor) -> Tensor:
+    """A flat tensor for the mean of such tensors."""
+    size = like.numel() * (1 + like.is_complex())
+    return torch.empty(size, dtype=accumulator(like.dtype.to_real()), device=like.device)
+
+
+def in_shape(mean: Tensor, like: Tensor) -> Tensor:
+    """A flat mean in the shape of ``like``, complex if that is."""
+    return torch.view_as_complex(mean.view(*like.shape, 2)) if like.is_complex() else mean.view(like.shape)
