@@ -184,10 +184,17 @@ def test_a_different_interval_and_a_different_model_are_found_at_the_start(tmp_p
             module.extra = torch.nn.Linear(1, 1)
         trainer(DilocoStrategy(num_nodes=2), devices=2, max_steps=1, default_root_dir=tmp_path).fit(module, loader())
 
+    def frozen() -> None:
+        module = Net()
+        module.net[0].requires_grad_(os.environ["LOCAL_RANK"] == "0")
+        trainer(DilocoStrategy(num_nodes=2), devices=2, max_steps=1, default_root_dir=tmp_path).fit(module, loader())
+
+    for error in raised(frozen, 2, tmp_path / "frozen"):
+        assert "`net.0.weight` is '(8, 3) torch.float32 trained' on process 0 and '(8, 3) torch.float32' on" in error
     for error in raised(interval, 2, tmp_path / "interval"):
         assert "`diloco_interval` is 4 on process 0 and 5 on process 1" in error
     for error in raised(model, 2, tmp_path / "model"):
-        assert "`extra.weight` is None on process 0 and '(1, 1) torch.float32' on process 1" in error
+        assert "`extra.weight` is None on process 0 and '(1, 1) torch.float32 trained' on process 1" in error
 
 
 def test_processes_that_part_ways_are_told_so(tmp_path: Path) -> None:

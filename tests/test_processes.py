@@ -2,7 +2,9 @@
 
 import csv
 import os
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -533,9 +535,54 @@ def test_logs_per_worker_are_complete_on_the_first_process(tmp_path: Path) -> No
         with open(folder / "metrics.csv") as file:
             return [{k: v for k, v in row.items() if "worker" in k and v} for row in csv.DictReader(file)]
 
+    def of_teams(size: int) -> dict[str, float]:
+        L.seed_everything(5, verbose=False)
+        t = trainer(
+            DilocoStrategy(num_nodes=2, diloco_interval=4),
+            devices=size,
+            max_steps=1,
+            callbacks=[DilocoCallback(per_worker=True)],
+            logger=CSVLogger(tmp_path / f"teams {size}", name="", version=""),
+            precision="64-true",
+        )
+        t.fit(smooth(), loader(regression_data(80, dtype=torch.float64), 16 // size if size > 1 else 8))
+        if not t.is_global_zero:
+            return {}
+        with open(tmp_path / f"teams {size}" / "metrics.csv") as file:
+            rows = [{k: float(v) for k, v in r.items() if "step/worker" in k and v} for r in csv.DictReader(file)]
+        return {k: v for row in rows for k, v in row.items()}
+
+    teams = [run(of_teams, size, size, out=tmp_path / f"out {size}")[0] for size in (1, 4)]
+    assert teams[0].keys() == {"loss_step/worker_0", "loss_step/worker_1"}
+    assert teams[1] == pytest.approx(teams[0], rel=1e-12)  # of a team: the mean over its members
     one, two, four = (run(logged, size, size, out=tmp_path / str(size))[0] for size in LAYOUTS)
     assert {key for row in one for key in row} >= {f"loss_step/worker_{w}" for w in range(4)}
     assert one == two == four
+
+
+def test_a_validation_by_the_clock_comes_after_the_same_step_everywhere(tmp_path: Path) -> None:
+    class Slow(Project):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.01 + 0.02 * self.trainer.global_rank)
+            return self.loss(batch)
+
+        def on_validation_start(self):
+            validated.append(self.trainer.global_step)
+
+    validated: list[int] = []
+
+    def fit() -> list[int]:
+        strategy = DilocoStrategy(num_nodes=2, diloco_interval=50, timeout=timedelta(seconds=20))
+        t = trainer(
+            strategy, devices=2, max_steps=60, max_epochs=-1, val_check_interval="00:00:00:01",
+            check_val_every_n_epoch=None, default_root_dir=tmp_path, num_sanity_val_steps=0,
+        )  # fmt: skip
+        t.fit(Slow(), loader(regression_data(80)), loader(regression_data(8), shuffle=False))
+        return validated
+
+    first, second = run(fit, 2, out=tmp_path / "out")
+    assert first == second
+    assert first
 
 
 def test_workers_may_log_in_an_order_of_their_own(tmp_path: Path) -> None:
@@ -694,6 +741,7 @@ def test_bytes_handed_to_collectives_match_the_closed_form(
         def all_to_all_single(output, given, output_sizes, sizes):
             own = sizes[dist.get_rank()]
             counts["to owners"] += (given.numel() - own) * given.itemsize
+            assert given.nbytes <= 4 * comm.CHUNK  # float32, all workers of the process together
             return plain["all_to_all_single"](output, given, output_sizes, sizes)
 
         def all_gather(output, given, **kwargs):
@@ -706,6 +754,7 @@ def test_bytes_handed_to_collectives_match_the_closed_form(
             return plain["all_reduce"](tensor, **kwargs)
 
         dist.all_to_all_single, dist.all_gather, dist.all_reduce = all_to_all_single, all_gather, all_reduce
+        comm.CHUNK = 32  # half of the model
         module = BoringModel()
         module.layer = nn.Linear(32, 2, bias=False)
         module.training_step = lambda batch, batch_idx: module.layer(batch).square().mean()

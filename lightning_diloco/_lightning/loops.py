@@ -180,6 +180,13 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         if not accumulating and (connector.should_update_logs or trainer.fast_dev_run):
             _log(trainer, _worker_values(self._results, on_step=True), self._batches_that_stepped)
 
+    @override
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        should = super()._should_check_val_fx(data_fetcher)
+        if self.trainer._val_check_time_interval is None:
+            return should
+        return bool(self.trainer.strategy.broadcast(should))  # every process has a clock of its own
+
     def _resumes_after_validation(self, data_fetcher: _DataFetcher) -> bool:
         """After loading a checkpoint saved around a validation: whether this call has no batch to train on."""
         if self.restarting and self._should_check_val_fx(data_fetcher):

@@ -258,8 +258,9 @@ class ProcessStrategy(SingleDeviceStrategy):
         if self.is_distributed:  # everybody starts from process 0's weights, as under DDP
             assert self.model is not None
             tensors = _shareable(self.model)
-            shapes = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-            self.world.agree("the set-up of the module", shapes)
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            kinds = {n: f"{tuple(t.shape)} {t.dtype}{' trained' * (n in trained)}" for n, t in tensors.items()}
+            self.world.agree("the set-up of the module", kinds)
             self.world.share(tensors.values(), 0, "the first process's weights")
 
     @override

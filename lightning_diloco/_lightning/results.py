@@ -57,10 +57,8 @@ class WorkerResults(_ResultCollection):
             self._reduce, kwargs["sync_dist_fn"] = kwargs["sync_dist_fn"], self._reduce_outside_turns
         super().log(fx, name, value, *args, **kwargs)
         if self._worker in self._own and isinstance(value, Tensor):
-            alone = {
-                "sync_dist": True,
-                "sync_dist_fn": _as_it_is,
-            }  # a worker's own; without, Lightning advises sync_dist
+            # a worker's own value needs nobody else's; said by a function, lest Lightning advise sync_dist
+            alone = {"sync_dist": True, "sync_dist_fn": _as_it_is}
             self._own[self._worker].log(fx, name, value, *args, **{**kwargs, **alone})
 
     @override
@@ -111,9 +109,10 @@ class WorkerResults(_ResultCollection):
             for name, value in own.metrics(on_step)["log"].items()
         }
         everybody = self._world.meet("DilocoCallback(per_worker=True)", values)
-        return {
-            key: value for theirs in reversed(everybody) for key, value in theirs.items()
-        }  # a team's first member's
+        by_key: dict[str, list[float]] = {}
+        for key, value in (item for theirs in everybody for item in theirs.items()):
+            by_key.setdefault(key, []).append(value)  # one from each member of the worker's team
+        return {key: sum(each) / len(each) for key, each in by_key.items()}
 
     @override
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
