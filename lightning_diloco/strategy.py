@@ -25,11 +25,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco import checkpoint as checkpoint_format
-from lightning_diloco._lightning import loops, readings
+from lightning_diloco._lightning import installation, readings
 from lightning_diloco._lightning.data import deal
 from lightning_diloco._lightning.io import atomic_by_default
-from lightning_diloco._lightning.process import ProcessStrategy, StartMethod
+from lightning_diloco._lightning.process import StartMethod
 from lightning_diloco._lightning.samplers import Dealing
+from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
 from lightning_diloco.arguments import check_bool, check_choice, check_count, check_processes, outer_factory
 from lightning_diloco.callback import DilocoCallback
@@ -41,7 +42,7 @@ from lightning_diloco.randomness import run_seed, set_process_state
 from lightning_diloco.worker import copy_state, flatten_optimizers
 
 
-class DilocoStrategy(ProcessStrategy):
+class DilocoStrategy(TeamStrategy):
     """Trains N DiLoCo workers inside an ordinary ``Trainer.fit`` (arXiv 2311.08105).
 
     Think of DDP with ``world_size = num_nodes``, except that the workers synchronise every ``diloco_interval`` steps.
@@ -280,7 +281,7 @@ class DilocoStrategy(ProcessStrategy):
         self._trial = True
         self._resumed = None
         self._attach_callback()
-        loops.install(trainer)
+        installation.install(trainer)
 
     @override
     def setup_environment(self) -> None:
@@ -289,7 +290,7 @@ class DilocoStrategy(ProcessStrategy):
         trainer = self.lightning_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
             self._seed = self.world.first_decides(run_seed)
-            loops.prepare(trainer, per_worker=any(c.per_worker for c in self._reporters))
+            installation.prepare(trainer, self.world, per_worker=any(c.per_worker for c in self._reporters))
 
     @property
     @override
@@ -522,7 +523,7 @@ class DilocoStrategy(ProcessStrategy):
         if self._engine is not None:
             self._engine.close()
         if trainer is not None:
-            loops.uninstall(trainer)
+            installation.uninstall(trainer)
         if self._trial:
             self._engine = None
         elif self._engine is not None:

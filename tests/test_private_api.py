@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_diloco
 from lightning_diloco import DilocoStrategy
-from lightning_diloco._lightning import loops
+from lightning_diloco._lightning import installation, loops
 
 PACKAGE = Path(lightning_diloco.__file__).parent
 MAY_IMPORT_LIGHTNING = {"__init__.py", "strategy.py", "callback.py", "simulator.py", "simulation.py", "__main__.py"}
@@ -83,10 +83,10 @@ UPWARDS = {
 
 
 def test_the_installed_lightning_is_the_one_this_was_written_for() -> None:
-    loops.verify()
+    installation.verify()
 
 
-@pytest.mark.parametrize(("owner", "method"), loops._SIGNATURES)
+@pytest.mark.parametrize(("owner", "method"), installation._SIGNATURES)
 def test_a_changed_or_missing_private_method_is_named(owner: type, method: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(owner, method, lambda self, something_new: None)
     with pytest.raises(RuntimeError) as caught:

@@ -1,22 +1,19 @@
 """Lightning's training loop, with every worker inside one of its steps.
 
 Owns *when*: where in the loop the workers have their turns, where a round ends, what is live during validation. Holds
-no state of its own, so that ``loop.state_dict()`` stays Lightning's. The live loop objects of one Trainer are
-re-classed for the time of a fit and given their classes back at its end; nothing global is patched.
+no state of its own, so that ``loop.state_dict()`` stays Lightning's. ``installation.py`` gives a Trainer these loops
+for the time of a fit.
 
 Private because no public hook sees every path: while accumulating gradients Lightning calls the closure without the
-strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's own ``optimizer_step``. The signatures
-used here are the same from Lightning 2.1 to 2.6.6; :func:`verify` checks them before anything is touched.
+strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's own ``optimizer_step``.
 """
 
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import __version__ as lightning_version
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
@@ -26,17 +23,13 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_diloco._lightning.data import original, set_epoch, split_batch
+from lightning_diloco._lightning.data import set_epoch, split_batch
 from lightning_diloco._lightning.results import WorkerResults
 
 if TYPE_CHECKING:
@@ -326,101 +319,6 @@ class _Finished:
 
     def __call__(self, *_: Any, **__: Any) -> torch.Tensor | None:
         return self.loss
-
-
-# -------------------------------------------------------------------------------------------- installation
-
-_CLASSES: dict[type, type] = {
-    _FitLoop: DilocoFitLoop,
-    _TrainingEpochLoop: DilocoEpochLoop,
-    _EvaluationLoop: DilocoValidationLoop,
-    _ResultCollection: WorkerResults,
-}
-
-_SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
-    (_FitLoop, "setup_data"): ("self",),
-    (_FitLoop, "on_run_start"): ("self",),
-    (_FitLoop, "on_advance_start"): ("self",),
-    (_FitLoop, "on_advance_end"): ("self",),
-    (_FitLoop, "on_run_end"): ("self",),
-    (_TrainingEpochLoop, "advance"): ("self", "data_fetcher"),
-    (_TrainingEpochLoop, "update_lr_schedulers"): ("self", "interval", "update_plateau_schedulers"),
-    (_TrainingEpochLoop, "_build_kwargs"): ("self", "kwargs", "batch", "batch_idx"),
-    (_TrainingEpochLoop, "_should_accumulate"): ("self",),
-    (_TrainingEpochLoop, "_num_ready_batches_reached"): ("self",),
-    (_TrainingEpochLoop, "_should_check_val_fx"): ("self", "data_fetcher"),
-    (_EvaluationLoop, "run"): ("self", "args", "kwargs"),  # as its decorator shows them
-    (_EvaluationLoop, "increment_progress_to_evaluation_end"): ("self",),
-    (_AutomaticOptimization, "run"): ("self", "optimizer", "batch_idx", "kwargs"),
-    (_AutomaticOptimization, "_make_closure"): ("self", "kwargs", "optimizer", "batch_idx"),
-    (_AutomaticOptimization, "_optimizer_step"): ("self", "batch_idx", "train_step_and_backward_closure"),
-    (_ManualOptimization, "run"): ("self", "kwargs"),
-    (_LoggerConnector, "on_batch_start"): ("self", "batch", "dataloader_idx"),
-    (_LoggerConnector, "on_batch_end"): ("self",),
-    (_LoggerConnector, "epoch_end_reached"): ("self",),
-    (_LoggerConnector, "update_train_step_metrics"): ("self",),
-    (_ResultCollection, "update_metrics"): ("self", "key", "value", "batch_size"),
-    (_ResultCollection, "metrics"): ("self", "on_step"),
-    (_ResultCollection, "valid_items"): ("self",),
-    (_ResultCollection, "reset"): ("self", "metrics", "fx"),
-    (_DataConnector, "_requires_distributed_sampler"): ("self", "dataloader"),
-    (_DataConnector, "_resolve_sampler"): ("self", "dataloader", "shuffle", "mode"),
-    (_SignalConnector, "_sigterm_notifier_fn"): ("self", "signum", "_"),
-    (_SignalConnector, "_slurm_sigusr_handler_fn"): ("self", "signum", "_"),
-    (_SubprocessScriptLauncher, "_call_children_scripts"): ("self",),
-}
-
-
-def verify() -> None:
-    """Raises if the installed Lightning's private surface is not the one this package was written for."""
-    for (owner, method), expected in _SIGNATURES.items():
-        function = getattr(owner, method, None)
-        found = None if function is None else tuple(inspect.signature(inspect.unwrap(function)).parameters)
-        if found != tuple(expected):
-            raise RuntimeError(
-                f"lightning {lightning_version} has changed `{owner.__name__}.{method}`: expected the parameters"
-                f" {tuple(expected)}, found {found}. lightning_diloco works inside Lightning's loops and needs"
-                " lightning>=2.6,<2.7; install that, or a lightning_diloco made for yours."
-            )
-
-
-def install(trainer: Trainer) -> None:
-    """Re-classes the loops of ``trainer`` for a fit."""
-    verify()
-    for holder in _live_objects(trainer):
-        cls = type(holder)
-        if cls in _CLASSES.values():
-            continue
-        if cls not in _CLASSES:
-            raise MisconfigurationException(
-                f"The Trainer's loops were replaced: found a {cls.__module__}.{cls.__name__} where Lightning has one"
-                " of its own. DilocoStrategy runs its workers inside Lightning's loops; remove the replacement."
-            )
-        holder.__class__ = _CLASSES[cls]
-
-
-def prepare(trainer: Trainer, per_worker: bool) -> None:
-    """Processes and workers are known; ``per_worker`` keeps logged values of each worker, too."""
-    results = trainer.fit_loop.epoch_loop._results
-    assert isinstance(results, WorkerResults)
-    results.prepare(_strategy_of(trainer).world, per_worker)
-
-
-def uninstall(trainer: Trainer) -> None:
-    """Gives the loops their classes back, and the user's loaders to the loader collection they came in."""
-    fit_loop = trainer.fit_loop
-    if fit_loop._combined_loader is not None:
-        fit_loop._combined_loader.reset()  # ends the processes of the dealt loaders, which are about to be let go
-        fit_loop._data_fetcher = None  # its own teardown would now ask the loader for a length that it no longer knows
-        fit_loop._combined_loader.flattened = [original(loader) for loader in fit_loop._combined_loader.flattened]
-    back = {diloco: own for own, diloco in _CLASSES.items()}
-    for holder in _live_objects(trainer):
-        holder.__class__ = back.get(type(holder), type(holder))
-
-
-def _live_objects(trainer: Trainer) -> list[Any]:
-    epoch_loop = trainer.fit_loop.epoch_loop
-    return [trainer.fit_loop, epoch_loop, epoch_loop.val_loop, epoch_loop._results]
 
 
 # -------------------------------------------------------------------------------------------- small readings

@@ -1,8 +1,8 @@
 """One process or many: everything that Lightning wants to know about processes, and nothing about DiLoCo.
 
-Owns ranks and devices, torch's process group, what ``sync_dist`` and ``barrier`` do, and the mean of gradients where a
-worker is a team of processes. Does not own who hosts which worker (``world.py``), nor how processes begin and end
-(``launching.py``).
+Owns ranks and devices, torch's process group, and what ``sync_dist`` and ``barrier`` do. Does not own who hosts which
+worker (``world.py``), how processes begin and end (``launching.py``), nor the gradients of a worker that has several of
+them (``team.py``).
 
 The base is Lightning's strategy for a single device, with the surface of its parallel strategies added: Lightning
 refuses ``torch.compile``d modules under other classes, refuses parallel strategies on any Mac with MPS, and counts
@@ -10,8 +10,7 @@ subclasses of its DDP strategy as distributed even in one process. It looks for 
 way of supporting foreign strategies.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -36,13 +35,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import DilocoDataConnector
 from lightning_diloco._lightning.launching import DilocoSignalConnector, ScriptLauncher, watch_parent
-from lightning_diloco._lightning.readings import accumulating
-from lightning_diloco.outer import needs_closure
 from lightning_diloco.world import World, check_layout
 
 StartMethod = Literal["popen", "spawn", "fork"]
@@ -86,8 +82,6 @@ class ProcessStrategy(SingleDeviceStrategy):
         self.cluster_environment = cluster_environment
         self.world = World(num_workers)
         self._end_watch: Callable[[], None] = _nothing
-        self._averaged = False  # whether the present backward pass has ended in a mean over the worker's team
-        self._only_returns = False
 
     # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
     # from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the
@@ -285,59 +279,6 @@ class ProcessStrategy(SingleDeviceStrategy):
         super().on_exception(exception)
         if isinstance(self._launcher, ScriptLauncher) and not self.world.stopping:
             self._launcher.end()
-
-    # ---------------------------------------------------------------------------------------- a worker's team
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        module = self.lightning_module
-        assert module is not None
-
-        def averaged() -> Any:
-            with self.gradients_in_team() if module.automatic_optimization else nullcontext():
-                loss = closure()
-            if isinstance(loss, Tensor) and needs_closure(optimizer):
-                loss = self.world.team_mean(loss)  # line searches must take the same decisions on all members
-            return loss
-
-        return super().optimizer_step(optimizer, averaged if self.world.team > 1 else closure, model, **kwargs)
-
-    @contextmanager
-    def gradients_in_team(self) -> Iterator[None]:
-        """Inside is one forward and backward pass, at whose end the gradients are means over the worker's team."""
-        self._averaged = False
-        yield
-        if not (self._averaged or self._only_returns):
-            self._average_gradients()  # no backward pass here (the loss was None), but perhaps on another member
-
-    @contextmanager
-    def gradients_are_means(self) -> Iterator[None]:
-        """Inside, closures only return what was computed before: there is nothing to average."""
-        self._only_returns = True
-        try:
-            yield
-        finally:
-            self._only_returns = False
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The base class's, with the mean before ``on_after_backward``, as under DDP."""
-        module = self.lightning_module
-        assert module is not None
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-        if self.world.team > 1 and not (module.automatic_optimization and accumulating(module.trainer)):
-            self._average_gradients()
-        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
-        self.post_backward(closure_loss)
-        return closure_loss
-
-    def _average_gradients(self) -> None:
-        if self.world.team > 1:
-            assert self.lightning_module is not None
-            self.world.average_gradients(self.lightning_module.parameters())
-        self._averaged = True
 
     # ---------------------------------------------------------------------------------------- what users may call
 
