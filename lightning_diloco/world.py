@@ -1,7 +1,7 @@
 """The processes that share the workers, this one's place among them, and the ways in which they talk.
 
 Owns the layout (who hosts which worker) and every call of ``torch.distributed`` but the exchange of tensors between
-workers, which is ``comm.py``'s. Does not start processes (``_lightning/process.py``). Imports nothing of Lightning.
+workers, which is ``comm.py``'s. Does not start processes (``_lightning/launching.py``). Imports nothing of Lightning.
 
 With W processes and N workers either W divides N, and each process hosts N/W workers, or N divides W, and each worker
 is a team of k = W/N processes that average their gradients. Process r hosts the workers from ⌊r/k⌋·N/W on (k = 1), or
