@@ -17,11 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_diloco.bits import bits_of, flat, real_view
-from lightning_diloco.means import accumulator, chunks, in_shape, mean_of, piece, room_for, shape_of
+from lightning_diloco.means import CHUNK, accumulator, chunks, in_shape, mean_of, reader, room_for, shape_of
 from lightning_diloco.world import World
-
-CHUNK = 1 << 22
-"""Elements that a process averages at a time, those of all its workers together."""
 
 _MEAN = "a mean over workers"
 
@@ -127,12 +124,14 @@ class Comm:
         if weights is not None:
             weights = [weight for _, weight in sorted(zip(workers, weights, strict=True))]
         workers = sorted(workers)
-        own = read((workers if self.world.size == 1 else self.world.workers)[0]) if like is None else like
-        shapes = {n: shape_of(own, n) for n in names}
+        held = {w: read(w) for w in workers if w in self.world.workers}
+        if like is None:
+            like = next(iter(held.values())) if held else read(self.world.workers[0])
+        shapes = {n: shape_of(like, n) for n in names}
         if self.world.size == 1:
-            result = self._mean_here(names, [read(w) for w in workers], weights, what, shapes)
+            result = self._mean_here(names, list(held.values()), weights, what, shapes)
         else:
-            result = self._mean_over_processes(names, read, workers, weights, what, shapes)
+            result = self._mean_over_processes(names, held, workers, weights, what, shapes)
         sent = sum(t.nbytes for t in shapes.values())
         if what is not None:
             self.record(what, sent)
@@ -147,40 +146,45 @@ class Comm:
         like: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """In chunks, so that memory stays bounded."""
-        result = {}
+        result = {n: room_for(like[n]) for n in names}
         for n in names:
-            means = [room_for(like[n])[:0]]
+            readers = [reader(tensors, n) for tensors in held]
             for ((_, start, stop),) in chunks([n], like, CHUNK // len(held) or 1):
-                pieces = [piece(tensors, n, start, stop) for tensors in held]
-                means.append(mean_of(pieces, weights))
+                pieces = [read(start, stop) for read in readers]
+                mean = result[n][start:stop].copy_(mean_of(pieces, weights))
                 if self.observer is not None:
-                    self.observer.saw(what, n, start, pieces, means[-1])
-            result[n] = in_shape(means[1] if len(means) == 2 else torch.cat(means), like[n])
-        return result
+                    self.observer.saw(what, n, start, pieces, mean)
+        return {n: in_shape(result[n], like[n]) for n in names}
 
     def _mean_over_processes(
         self,
         names: Sequence[str],
-        read: Read,
+        held: Mapping[int, Mapping[str, Tensor]],
         participants: Sequence[int],
         weights: Sequence[float] | None,
         what: str | None,
         like: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """In chunks, so that memory stays bounded; each process averages its slice of a chunk and hands it round."""
-        world, here = self.world, [w for w in participants if w in self.world.workers]
+        world = self.world
         total = len(participants) if weights is None else sum(weights)
         shares = {w: (1 if weights is None else weights[i]) / total for i, w in enumerate(participants)}
         result = {n: room_for(t) for n, t in like.items()}
-        held = {w: read(w) for w in here}
+        latest: dict[int, tuple[str, Callable[[int, int], Tensor]]] = {}
+
+        def piece(worker: int, name: str, start: int, stop: int) -> Tensor:
+            if latest.get(worker, ("",))[0] != name:
+                latest[worker] = name, reader(held[worker], name)
+            return latest[worker][1](start, stop)
+
         for segments in chunks(names, like, CHUNK // len(world.workers) or 1):
             kind = like[segments[0][0]]
             width = -(-sum(stop - start for _, start, stop in segments) // world.size)
-            rows = torch.zeros(len(here), width * world.size, dtype=kind.dtype.to_real(), device=kind.device)
-            for row, worker in zip(rows, here, strict=True):
+            rows = torch.zeros(len(held), width * world.size, dtype=kind.dtype.to_real(), device=kind.device)
+            for row, worker in zip(rows, held, strict=True):
                 at = 0
                 for name, start, stop in segments:
-                    row[at : at + stop - start] = piece(held[worker], name, start, stop)
+                    row[at : at + stop - start] = piece(worker, name, start, stop)
                     at += stop - start
             if self.ordered:
                 slices = self._slices_of(rows, participants, width)
@@ -192,7 +196,7 @@ class Comm:
             else:
                 slices = []
                 chunk = rows.new_zeros(width * world.size, dtype=accumulator(rows.dtype))
-                for row, worker in zip(rows, here, strict=True):
+                for row, worker in zip(rows, held, strict=True):
                     chunk += row.to(chunk.dtype) * (shares[worker] / world.team)
                 with world.talking(_MEAN):
                     dist.all_reduce(chunk)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.bits import flat, real_view
-from lightning_diloco.comm import CHUNK
 
 
 class Likeness:
@@ -19,6 +18,7 @@ class Likeness:
 
     def __init__(self, theta: Mapping[str, Tensor]) -> None:
         self._theta = theta
+        self._latest = "", torch.empty(0)  # the tensor of θ last looked at, flattened
         self._square: Tensor | None = None  # ‖Δ‖², and
         self._products: Tensor | None = None  # Δ_i·Δ_j, each over the pieces seen
 
@@ -26,17 +26,18 @@ class Likeness:
     def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
         if what not in ("delta", "weights") or name not in self._theta:
             return
-        for at in range(0, len(mean), CHUNK):
-            pieces = [t[at : at + CHUNK].double() for t in (mean, *rows)]
-            if what == "weights":
-                old = flat(self._theta[name])[start + at : start + at + len(pieces[0])].double()
-                pieces = [old - piece for piece in pieces]
-            square = pieces[0] @ pieces[0]
-            self._square = square if self._square is None else self._square + square
-            if rows:
-                stacked = torch.stack(pieces[1:])
-                products = stacked @ stacked.T
-                self._products = products if self._products is None else self._products + products
+        pieces = [t.double() for t in (mean, *rows)]
+        if what == "weights":
+            if self._latest[0] != name:
+                self._latest = name, flat(self._theta[name])
+            old = self._latest[1][start : start + len(mean)].double()
+            pieces = [old - piece for piece in pieces]
+        square = pieces[0] @ pieces[0]
+        self._square = square if self._square is None else self._square + square
+        if rows:
+            stacked = torch.stack(pieces[1:])
+            products = stacked @ stacked.T
+            self._products = products if self._products is None else self._products + products
 
     def parts(self) -> tuple[float | None, list[list[float]] | None]:
         """What this process has seen, for :func:`likeness_of`."""

@@ -4,12 +4,15 @@ Owns the order of summation, the accumulation dtype, and the cutting of tensors 
 own where the pieces come from or go to (``comm.py``). Imports nothing of Lightning.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_diloco.bits import flat
+
+CHUNK = 1 << 22
+"""Elements that a process averages at a time, those of all its workers together."""
 
 
 def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -78,11 +81,13 @@ def chunks(names: Sequence[str], like: Mapping[str, Tensor], most: int) -> Itera
             yield group
 
 
-def piece(tensors: Mapping[str, Tensor], name: str, start: int, stop: int) -> Tensor:
-    """Elements of a flattened tensor; of a difference, only these are computed."""
+def reader(tensors: Mapping[str, Tensor], name: str) -> Callable[[int, int], Tensor]:
+    """``(start, stop) →`` elements of a flattened tensor; of a difference, only those asked for are computed."""
     if isinstance(tensors, Differences):
-        return piece(tensors.minuend, name, start, stop) - piece(tensors.subtrahend, name, start, stop)
-    return flat(tensors[name])[start:stop]
+        minuend, subtrahend = flat(tensors.minuend[name]), flat(tensors.subtrahend[name])
+        return lambda start, stop: minuend[start:stop] - subtrahend[start:stop]
+    whole = flat(tensors[name])
+    return lambda start, stop: whole[start:stop]
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:

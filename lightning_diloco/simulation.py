@@ -107,12 +107,20 @@ class SimulatorModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_cls(self.parameters(), **self._optimizer_kwargs)
         total = self._cosine_steps
-
-        def factor(step: int) -> float:  # a closed form, also where it is 1, so that resumed runs may switch
-            return 1.0 if total is None else (1 + math.cos(math.pi * step / total)) / 2
-
-        schedule = LambdaLR(optimizer, factor)
+        if total is None:
+            return optimizer
+        # in closed form, so that a run resumed with another `total` ends at 0 too
+        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        had, has = bool(checkpoint.get("lr_schedulers")), self._cosine_steps is not None
+        if had != has and "optimizer_states" in checkpoint and self._trainer is not None:
+            raise MisconfigurationException(
+                f"The checkpoint was written by a run with `cosine_anneal` (={had}) and can't go on with"
+                f" `cosine_anneal` (={has}): its learning rate is where that run had it. Resume with the same."
+            )
 
 
 class SimulatorCallback(L.Callback):
@@ -148,8 +156,8 @@ class SimulatorCallback(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        live = 0 if self._strategy is None else self._strategy.outer_steps + self._outer_steps_before
-        return {"outer_steps": live}
+        strategy = self._strategy
+        return {"outer_steps": strategy.outer_steps + self._outer_steps_before if strategy else self._outer_steps}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -237,7 +245,8 @@ class SimulatorCallback(L.Callback):
                 for batch in islice(batches, self._eval_iters):
                     batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
                     batch = strategy.batch_to_device(batch, dataloader_idx=0)
-                    evaluation.update(*module.evaluate(batch), samples=min(left, batches.batch_size))
+                    loss, output, target = _guarded("The model or `loss_fn`", module.evaluate, batch)
+                    evaluation.update(loss, output, target, samples=min(left, batches.batch_size))
                     left -= batches.batch_size
             finally:
                 for m, training in modes.items():

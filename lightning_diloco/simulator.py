@@ -191,9 +191,11 @@ class DilocoSimulator:
             self._fit(None if ckpt_path is None else os.fspath(ckpt_path))
 
     def _fit(self, ckpt_path: str | None) -> None:
-        # modules among the arguments would be trained, and the next run would start from them
-        loss_fn = copy.deepcopy(self._loss_fn) if isinstance(self._loss_fn, nn.Module) else self._loss_fn
-        model = self._model_cls(**copy.deepcopy(self._model_kwargs))
+        originals = {**self._model_kwargs, "": self._loss_fn}
+        shared: dict[int, Any] = {}  # modules are copied, else the next run would start where this one ends
+        copies = {k: copy.deepcopy(v, shared) if isinstance(v, nn.Module) else v for k, v in originals.items()}
+        loss_fn = copies.pop("")
+        model = self._model_cls(**copies)
         strategy = DilocoStrategy(**self._strategy_kwargs)
         cosine_steps = self.total if self._cosine_anneal else None
         module = self.module_cls(model, loss_fn, self._optimizer_cls, self._optimizer_kwargs, cosine_steps)

@@ -307,6 +307,11 @@ class DilocoStrategy(TeamStrategy):
         }
 
     @property
+    @override
+    def in_trial(self) -> bool:
+        return self._trial
+
+    @property
     def _ordered(self) -> bool:
         return self._reduction == "ordered" or (self._reduction == "auto" and self.num_nodes == 1)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_diloco.bits import bits_of, flat, real_view
+from lightning_diloco.means import CHUNK
 
 
 class World:
@@ -96,12 +97,13 @@ class World:
                 group = dist.new_group([self.host(worker, j) for j in range(self.team)], timeout=self._timeout)
                 self._team_group = group if worker in self.workers else self._team_group
 
-    def meet(self, where: str, value: Any = None) -> list[Any]:
+    def meet(self, where: str, value: Any = None, detail: str = "") -> list[Any]:
         """Waits until all processes are here; returns every process's ``value``, by rank.
 
         Args:
             where: the place in the run, in words that complete "is at …"; must be the same for all.
             value: anything picklable and small.
+            detail: more about the place, for messages; may differ.
 
         Raises:
             RuntimeError: a process did not come within the timeout, or came from another place.
@@ -109,18 +111,18 @@ class World:
         if self.size == 1:
             return [value]
         seen: list[Any] = [None] * self.size
-        with self.talking(where):
+        with self.talking(f"{where} {detail}".strip()):
             # first a barrier that tells process 0 who is missing
             dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
-            dist.all_gather_object(seen, (where, value), group=self._control)
-        if len({place for place, _ in seen}) > 1:
-            places = "; ".join(f"process {r} is at {place}" for r, (place, _) in enumerate(seen))
+            dist.all_gather_object(seen, (where, detail, value), group=self._control)
+        if len({place for place, _, _ in seen}) > 1:
+            places = "; ".join(f"process {r} is at {' '.join(theirs[:2]).strip()}" for r, theirs in enumerate(seen))
             raise RuntimeError(
                 f"The processes are at different places: {places}. All must take the same steps; look for loaders of"
                 " different lengths, and for hooks that stop, validate, save or (with sync_dist=True) log on one"
                 " process only."
             )
-        return [value for _, value in seen]
+        return [theirs for _, _, theirs in seen]
 
     @contextmanager
     def talking(self, where: str) -> Iterator[None]:
@@ -270,17 +272,17 @@ def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
         )
 
 
-def _buckets(parameters: Sequence[nn.Parameter], most: int = 1 << 22) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: Sequence[nn.Parameter], most: int = CHUNK) -> Iterator[list[nn.Parameter]]:
     """Parameters of one dtype and device, with ``most`` elements together unless a single one has more."""
     for key in dict.fromkeys((p.dtype, p.device) for p in parameters):
         bucket: list[nn.Parameter] = []
-        for p in parameters:
-            if (p.dtype, p.device) != key:
-                continue
-            if bucket and sum(q.numel() for q in bucket) + p.numel() > most:
+        size = 0
+        for p in [p for p in parameters if (p.dtype, p.device) == key]:
+            if bucket and size + p.numel() > most:
                 yield bucket
-                bucket = []
+                bucket, size = [], 0
             bucket.append(p)
+            size += p.numel()
         yield bucket
 
 

@@ -244,7 +244,63 @@ def test_a_value_that_one_process_logs_is_named(tmp_path: Path) -> None:
         trainer(diloco, devices=2, max_epochs=1, default_root_dir=tmp_path).fit(LogsAlone(), loader())
 
     for error in raised(run, 2, tmp_path):
-        assert "process 0 is at the reduction of what is logged as training_step.alone with sync_dist=True;" in error
+        assert "process 0 is at a reduction of what is logged as training_step.alone with sync_dist=True;" in error
+
+
+def test_a_process_that_is_long_over_the_end_spoils_nothing(tmp_path: Path) -> None:
+    class Late(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            time.sleep(3 * trainer.is_global_zero)
+
+    def run() -> tuple[int, bool]:
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(seconds=1))
+        t = trainer(diloco, devices=2, max_steps=6, callbacks=[Late()], default_root_dir=tmp_path)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            t.fit(Project(), loader())
+        return diloco.local_steps, any("others at the end of the run, in vain" in str(w.message) for w in seen)
+
+    results = outcomes(start(run, 2, (), tmp_path / "out"), tmp_path / "out")
+    assert results == [("returned", (6, True))] * 2
+
+
+def test_an_error_is_not_hidden_by_what_the_others_do(tmp_path: Path) -> None:
+    """Callbacks read metrics when a fit fails, which are means over the processes, and may ask for more."""
+
+    class Curious(L.Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            dict(trainer.callback_metrics)
+            pl_module.all_gather(torch.ones(1))
+            trainer.strategy.reduce_boolean_decision(True)
+
+    class Fails(Project):
+        def on_train_epoch_end(self):
+            if self.trainer.global_rank == 1:
+                raise ValueError("ill")
+
+    def run() -> None:
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=TIMEOUT)
+        trainer(diloco, devices=2, max_epochs=2, callbacks=[Curious()], default_root_dir=tmp_path).fit(
+            Fails(), loader()
+        )
+
+    zero, one = raised(run, 2, tmp_path / "out")
+    assert one == "ValueError: ill"
+    assert zero.startswith("RuntimeError: Process 0 of 2 waited for the others at a reduction of what is logged as")
+
+
+def test_a_signal_in_teardown_is_survived(tmp_path: Path) -> None:
+    class Told(Project):
+        def cpu(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().cpu()
+
+    def run() -> int:
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4)
+        trainer(diloco, max_steps=6, default_root_dir=tmp_path).fit(Told(), loader())
+        return diloco.local_steps
+
+    assert outcomes(start(run, 1, (), tmp_path / "out"), tmp_path / "out") == [("returned", 6)]
 
 
 def test_a_partition_that_fails_fails_everywhere(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from reference import Reference, shards
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport, comm
+from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport, comm, means
+from lightning_diloco.bits import flat
 from lightning_diloco.engine import Engine
 from lightning_diloco.means import Differences, mean_of
 from lightning_diloco.world import World
@@ -638,7 +639,7 @@ def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
         real = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
         return real | {"complex": torch.randn(2, 2, generator=generator, dtype=torch.complex128).T}
 
-    seen = []
+    seen, reads, flattened = [], [], []
     theta, held = tensors(9), {w: tensors(w) for w in range(3)}
     names = list(theta)
     over = comm.Comm(World(3), lambda: 0)
@@ -650,7 +651,10 @@ def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
     monkeypatch.setattr(comm, "CHUNK", 12)  # 4 elements of each worker
     monkeypatch.delattr(Differences, "__getitem__")  # nobody asks for a whole one
     monkeypatch.setattr(Differences, "__abstractmethods__", frozenset())
-    mean = over.mean(names, lambda w: Differences(names, theta, held[w]), weights=[1, 2, 3])
+    monkeypatch.setattr(means, "flat", lambda tensor: flattened.append(tensor) or flat(tensor))
+    mean = over.mean(names, lambda w: reads.append(w) or Differences(names, theta, held[w]), weights=[1, 2, 3])
+    assert reads == [0, 1, 2]  # each worker is asked once
+    assert len(flattened) == 2 * 3 * len(names)  # which copies tensors that are stored in another order
     assert_same(mean, whole)
     assert mean["complex"].shape == (2, 2)
     assert seen[:5] == [("a", 0, 4), ("a", 4, 4), ("a", 8, 4), ("a", 12, 3), ("few", 0, 2)]

@@ -132,6 +132,20 @@ def test_none_stays_behind_when_one_is_killed(method: str, victim: int | None, t
     assert not alive
 
 
+def test_a_process_that_was_told_to_stop_ends_with_its_parent(tmp_path: Path) -> None:
+    """SIGTERM, and SIGKILL a moment later, as container engines do; the next synchronisation is far away."""
+    parent = subprocess.Popen(command(tmp_path, "popen", "slow"), cwd=tmp_path, env=clean_environment())
+    processes = pids(tmp_path)
+    os.kill(parent.pid, signal.SIGTERM)
+    time.sleep(1)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait(20)
+    _, alive = psutil.wait_procs(processes, timeout=3)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
 def test_a_process_may_work_on_after_the_fit_when_its_parent_is_gone(tmp_path: Path) -> None:
     assert call(tmp_path, "popen", "outlive").returncode == 0
     deadline = time.monotonic() + 20

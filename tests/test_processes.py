@@ -627,6 +627,17 @@ def test_the_process_group_may_be_destroyed_between_fits(tmp_path: Path) -> None
     assert run(fit, 2, out=tmp_path / "out") == [5, 5]
 
 
+def test_barriers_may_have_names_of_their_own(tmp_path: Path) -> None:
+    def meet() -> int:
+        strategy = DilocoStrategy(num_nodes=2, diloco_interval=4)
+        t = trainer(strategy, devices=2, max_steps=2, default_root_dir=tmp_path)
+        t.fit(Project(), loader())
+        strategy.barrier(f"process {t.global_rank} is here")
+        return strategy.local_steps
+
+    assert run(meet, 2, out=tmp_path / "out") == [2, 2]
+
+
 def test_an_outer_optimizer_may_have_objects_among_its_arguments(tmp_path: Path) -> None:
     """Their addresses, which ``repr`` shows, differ from process to process."""
 

@@ -48,6 +48,7 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_TrainingEpochLoop, "_num_ready_batches_reached"): ("self",),
     (_TrainingEpochLoop, "_should_check_val_fx"): ("self", "data_fetcher"),
     (_EvaluationLoop, "run"): ("self", "args", "kwargs"),  # as its decorator shows them
+    (_EvaluationLoop, "_evaluation_step"): ("self", "batch", "batch_idx", "dataloader_idx", "dataloader_iter"),
     (_EvaluationLoop, "increment_progress_to_evaluation_end"): ("self",),
     (_AutomaticOptimization, "run"): ("self", "optimizer", "batch_idx", "kwargs"),
     (_AutomaticOptimization, "_make_closure"): ("self", "kwargs", "optimizer", "batch_idx"),

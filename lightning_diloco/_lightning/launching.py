@@ -75,15 +75,18 @@ class DilocoSignalConnector(_SignalConnector):
 
     Lightning's handler of SIGTERM broadcasts in the middle of whatever the processes are doing, and its loop broadcasts
     before every batch to receive that; its handler of SLURM's requeue signal saves a file in the middle of a worker's
-    turn. Here a process notes what it was told, and :meth:`obey` acts after a local step: with several processes after
-    the next synchronisation, where all have learnt of it.
+    turn. Here a process notes what it was told, and :meth:`obey` acts where a file can be saved: after a batch of
+    training or validation, and after the last outer step. With several processes that is after the next
+    synchronisation, where all have learnt of it; when training is over, it is too late for them.
+
+    The handlers stay registered for a while after this class has been taken back, hence no ``super()``.
     """
 
     @override
     def _sigterm_notifier_fn(self, signum: Any, frame: Any) -> None:
-        strategy = self._strategy
+        strategy: ProcessStrategy = self.trainer.strategy  # type: ignore[assignment]
         if strategy.world.size == 1:
-            super()._sigterm_notifier_fn(signum, frame)
+            _SignalConnector._sigterm_notifier_fn(self, signum, frame)
             return
         if "stop" not in strategy.world.signals and strategy.launcher is not None:
             strategy.launcher.kill(signum)
@@ -92,21 +95,21 @@ class DilocoSignalConnector(_SignalConnector):
 
     @override
     def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            super()._slurm_sigusr_handler_fn(signum, frame)
-        self._strategy.world.signals.add("requeue")
+        strategy: ProcessStrategy = self.trainer.strategy  # type: ignore[assignment]
+        if strategy.in_loop:
+            strategy.world.signals.add("requeue")
+        elif strategy.world.size == 1 or self.trainer.state.fn != TrainerFn.FITTING:
+            _SignalConnector._slurm_sigusr_handler_fn(self, signum, frame)
 
     def obey(self) -> None:
-        """Between steps, on all processes: does what the signals ask for."""
-        world = self._strategy.world
+        """Does, on all processes, what the signals ask for."""
+        strategy: ProcessStrategy = self.trainer.strategy  # type: ignore[assignment]
+        world = strategy.world
         known = world.signals if world.size == 1 else world.known_signals
-        if "requeue" in known:
+        if "requeue" in known and not strategy.in_trial:
             known.discard("requeue")
             world.signals.discard("requeue")
-            super()._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+            signum = getattr(strategy.cluster_environment, "requeue_signal", None) or signal.SIGUSR1
+            _SignalConnector._slurm_sigusr_handler_fn(self, signum, None)  # type: ignore[arg-type]
         if world.stopping:
             self.received_sigterm = True
-
-    @property
-    def _strategy(self) -> "ProcessStrategy":
-        return self.trainer.strategy  # type: ignore[return-value]

@@ -30,6 +30,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import set_epoch, split_batch
+from lightning_diloco._lightning.launching import DilocoSignalConnector
 from lightning_diloco._lightning.results import WorkerResults
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class DilocoFitLoop(_FitLoop):
     @override
     def on_run_start(self) -> None:
         self._strategy.start_engine()
+        self._strategy.in_loop = True
         super().on_run_start()
 
     @override
@@ -114,6 +116,8 @@ class DilocoFitLoop(_FitLoop):
     @override
     def on_run_end(self) -> None:
         self._strategy.finish_training()  # before callbacks' on_train_end: EMA and SWA write their weights there
+        _obey_signals(self.trainer)
+        self._strategy.in_loop = False
         super().on_run_end()
 
 
@@ -165,7 +169,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
 
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
-        trainer._signal_connector.obey()
+        _obey_signals(trainer)
         connector.on_batch_end()
         self.batch_progress.increment_completed()
         connector.update_train_step_metrics()
@@ -178,7 +182,8 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         should = super()._should_check_val_fx(data_fetcher)
         if self.trainer._val_check_time_interval is None:
             return should
-        return bool(self.trainer.strategy.broadcast(should))  # every process has a clock of its own
+        # every process has a clock of its own
+        return bool(_strategy_of(self.trainer).world.first_decides(lambda: should))
 
     def _resumes_after_validation(self, data_fetcher: _DataFetcher) -> bool:
         """After loading a checkpoint saved around a validation: whether this call has no batch to train on."""
@@ -309,6 +314,11 @@ class DilocoValidationLoop(_EvaluationLoop):
             outputs: list[Any] = super().run()
             return outputs
 
+    @override
+    def _evaluation_step(self, *args: Any, **kwargs: Any) -> None:
+        super()._evaluation_step(*args, **kwargs)
+        _obey_signals(self.trainer)
+
 
 class _Finished:
     """A closure whose forward and backward are done: calling it returns the loss."""
@@ -349,6 +359,12 @@ def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
 def _worker_values(results: _ResultCollection, on_step: bool) -> Mapping[str, float]:
     assert isinstance(results, WorkerResults)
     return results.worker_values(on_step)
+
+
+def _obey_signals(trainer: Trainer) -> None:
+    connector = trainer._signal_connector
+    assert isinstance(connector, DilocoSignalConnector)
+    connector.obey()
 
 
 def _log(trainer: Trainer, values: Mapping[str, float], step: int) -> None:

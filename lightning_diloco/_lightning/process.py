@@ -10,6 +10,7 @@ subclasses of its DDP strategy as distributed even in one process. It looks for 
 way of supporting foreign strategies.
 """
 
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
@@ -81,6 +82,8 @@ class ProcessStrategy(SingleDeviceStrategy):
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
         self.cluster_environment = cluster_environment
         self.world = World(num_workers)
+        self.in_loop = False  # whether training has begun and not ended
+        self._group: Any = None  # the process group that `world` talks in
         self._end_watch: Callable[[], None] = _nothing
 
     # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
@@ -203,21 +206,20 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        for name in _CONNECTORS if self.is_distributed else ["_signal_connector"]:
-            getattr(model.trainer, name).__class__ = _CONNECTORS[name][1]
+        for name, (_, ours) in _CONNECTORS.items():
+            getattr(model.trainer, name).__class__ = ours
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self.in_loop = False
         size = self.world_size
         if size == 1:
             self.world = World(self._num_workers)
             return
         self._end_watch()  # of an earlier run that an exception ended
-        # a process that was told to stop does so itself, when it has saved what it can
-        self._end_watch = watch_parent(
-            self._launcher, self.cluster_environment, spare=lambda: "stop" in self.world.signals
-        )
+        # processes that have agreed to stop end by themselves, when they have saved what they can
+        self._end_watch = watch_parent(self._launcher, self.cluster_environment, spare=lambda: self.world.stopping)
         if self._num_workers == 1:
             reset_seed()  # as DDP does; several workers have random streams of their own
         self.set_world_ranks()
@@ -227,9 +229,9 @@ class ProcessStrategy(SingleDeviceStrategy):
         if self._timeout is not None:
             options["timeout"] = self._timeout
         backend = self._backend or _get_default_process_group_backend_for_device(device)
-        begins = not torch.distributed.is_initialized()  # or again, after `destroy_process_group`
         _init_dist_connection(self.cluster_environment, backend, **options)
-        if begins or self.world.size != size:
+        if self._group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
+            self._group = torch.distributed.group.WORLD
             self.world = World(self._num_workers, self.global_rank, size)
             self.world.connect(self._timeout, self.settings)
         self.world.signals, self.world.known_signals = set(), set()
@@ -262,17 +264,25 @@ class ProcessStrategy(SingleDeviceStrategy):
         trainer = self._trainer_here
         if trainer is not None:
             if not trainer.interrupted:
-                self.world.meet("the end of the run")  # a parent that is done first must not look like one that died
+                self._leave_together()
             for name, (theirs, ours) in _CONNECTORS.items():
                 connector = getattr(trainer, name)
                 connector.__class__ = theirs if type(connector) is ours else type(connector)
             if self._sync_layers is not None and self.is_distributed:
                 assert self.lightning_module is not None
                 self._sync_layers.revert(self.lightning_module)
+        self._end_watch()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
-        self._end_watch()
         super().teardown()
+
+    def _leave_together(self) -> None:
+        """A process that has started others and is done before them must not look like one that died."""
+        try:
+            self.world.meet("the end of the run")
+        except RuntimeError as error:  # this one's work is done all the same
+            warnings.warn(str(error), stacklevel=2)
+        self._end_watch()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -285,7 +295,7 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            self.world.meet(" ".join(["a barrier", *map(repr, args)]))
+            self.world.meet("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -297,10 +307,10 @@ class ProcessStrategy(SingleDeviceStrategy):
         return objects[0]
 
     @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", **_: Any) -> Any:
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", what: str = "", **_: Any) -> Any:
         if self.world.size == 1 or self._alone or not isinstance(tensor, Tensor):
             return tensor
-        self.world.meet("a reduction (sync_dist=True does one)")
+        self.world.meet(f"a reduction {what or '(sync_dist=True does one)'}")
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
@@ -316,6 +326,11 @@ class ProcessStrategy(SingleDeviceStrategy):
             return tensor
         self.world.meet("all_gather")
         return _all_gather_ddp_if_available(tensor, group, sync_grads)
+
+    @property
+    def in_trial(self) -> bool:
+        """Whether the fit loop runs for a tuner, before the fit proper."""
+        return False
 
     @property
     def deals_training_data(self) -> bool:

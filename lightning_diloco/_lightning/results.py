@@ -72,8 +72,7 @@ class WorkerResults(_ResultCollection):
         """``sync_dist=True``: step values wait for :meth:`fold`, so that all workers' are reduced in their order."""
         if self._worker is not None:
             return value
-        self._world.meet(f"the reduction of what is logged {self._visited} with sync_dist=True")
-        return self._reduce(value, *args, **kwargs)
+        return self._reduce(value, *args, **kwargs, what=f"of what is logged {self._visited} with sync_dist=True")
 
     @override
     def valid_items(self) -> Any:
