@@ -983,6 +983,10 @@ def test_a_file_of_the_last_step_in_a_partial_round_has_the_last_outer_step_befo
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_a_file_that_a_callback_wrote_at_a_synchronisation_counts_it() -> None:
     class Save(L.Callback):
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step:
+                trainer.save_checkpoint("again.ckpt")
+
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 4:
                 trainer.save_checkpoint("four.ckpt")
@@ -990,9 +994,11 @@ def test_a_file_that_a_callback_wrote_at_a_synchronisation_counts_it() -> None:
     arguments = {"num_nodes": 1, "outer_optimizer_kwargs": {"lr": 1.0}, "max_local_step": 10}
     whole, rest = Log(), Log()
     trained(**arguments, trainer_kwargs={"callbacks": [Save()]}, train_loss_hook=whole.append)
-    simulator(**arguments, train_loss_hook=rest.append).train("four.ckpt")
+    simulator(**arguments, train_loss_hook=rest.append, trainer_kwargs={"callbacks": [Save()]}).train("four.ckpt")
     assert [(s.local_step, s.num_diloco_steps) for s in rest] == [(s.local_step, s.num_diloco_steps) for s in whole[4:]]
     assert rest[-1].num_diloco_steps == 2
+    callbacks = torch.load("again.ckpt", weights_only=True)["callbacks"]
+    assert callbacks["SimulatorCallback"] == {"outer_steps": 1}
 
 
 @pytest.mark.parametrize("cosine_anneal", [True, False])
