@@ -262,16 +262,16 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def teardown(self) -> None:
         trainer = self._trainer_here
+        if trainer is not None and not trainer.interrupted:
+            self._leave_together()
+        self._end_watch()
         if trainer is not None:
-            if not trainer.interrupted:
-                self._leave_together()
             for name, (theirs, ours) in _CONNECTORS.items():
                 connector = getattr(trainer, name)
                 connector.__class__ = theirs if type(connector) is ours else type(connector)
             if self._sync_layers is not None and self.is_distributed:
                 assert self.lightning_module is not None
                 self._sync_layers.revert(self.lightning_module)
-        self._end_watch()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         super().teardown()
@@ -282,7 +282,6 @@ class ProcessStrategy(SingleDeviceStrategy):
             self.world.meet("the end of the run")
         except RuntimeError as error:  # this one's work is done all the same
             warnings.warn(str(error), stacklevel=2)
-        self._end_watch()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
