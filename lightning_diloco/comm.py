@@ -22,7 +22,6 @@ from lightning_diloco.world import World
 
 _MEAN = "a mean over workers"
 
-
 Read = Callable[[int], Mapping[str, Tensor]]  # worker → named tensors
 
 
@@ -169,7 +168,7 @@ class Comm:
         world = self.world
         total = len(participants) if weights is None else sum(weights)
         shares = {w: (1 if weights is None else weights[i]) / total for i, w in enumerate(participants)}
-        result = {n: room_for(t) for n, t in like.items()}
+        result = {n: room_for(like[n]) for n in names}
         latest: dict[int, tuple[str, Callable[[int, int], Tensor]]] = {}
 
         def piece(worker: int, name: str, start: int, stop: int) -> Tensor:
@@ -205,7 +204,7 @@ class Comm:
                 result[name][start:stop] = chunk[at : at + stop - start]
                 self._show(what, name, start, at, at + stop - start, width, slices, chunk)
                 at += stop - start
-        return {n: in_shape(t, like[n]) for n, t in result.items()}
+        return {n: in_shape(result[n], like[n]) for n in names}
 
     def _slices_of(self, rows: Tensor, participants: Sequence[int], width: int) -> list[Tensor]:
         """Every participant's values of this process's slice, in order. Members of a team do their own slices each."""

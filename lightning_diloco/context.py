@@ -135,8 +135,8 @@ class SyncContext:
         norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
         everybody = world.meet(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
-        if any(checksum != everybody[0][2] for _, _, checksum in everybody):
-            odd = next(r for r, (_, _, checksum) in enumerate(everybody) if checksum != everybody[0][2])
+        odd = next((r for r, theirs in enumerate(everybody) if theirs[2] != everybody[0][2]), None)
+        if odd is not None:
             raise RuntimeError(
                 f"Process {odd} holds another outer model θ than process 0 at {where}: something wrote different"
                 " weights into the module on different processes. Callbacks and hooks must write the same everywhere."

@@ -113,15 +113,6 @@ class SimulatorModule(L.LightningModule):
         schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        had, has = bool(checkpoint.get("lr_schedulers")), self._cosine_steps is not None
-        if had != has and "optimizer_states" in checkpoint and self._trainer is not None:
-            raise MisconfigurationException(
-                f"The checkpoint was written by a run with `cosine_anneal` (={had}) and can't go on with"
-                f" `cosine_anneal` (={has}): its learning rate is where that run had it. Resume with the same."
-            )
-
 
 class SimulatorCallback(L.Callback):
     """Calls the hooks, evaluates θ and writes the files; the simulator attaches it after the user's callbacks.
@@ -133,6 +124,7 @@ class SimulatorCallback(L.Callback):
         eval_iters: at most so many of them.
         ckpt_interval: outer steps between files; None: only the final one.
         save_dir: where files go; None: nowhere.
+        cosine_anneal: whether the run has a schedule; a file of the other kind can't be resumed.
     """
 
     def __init__(
@@ -143,7 +135,9 @@ class SimulatorCallback(L.Callback):
         eval_iters: int,
         ckpt_interval: int | None,
         save_dir: str | None,
+        cosine_anneal: bool,
     ) -> None:
+        self._cosine_anneal = cosine_anneal
         self._train_hook, self._eval_hook = train_hook, eval_hook
         self._eval_batches, self._eval_iters = batches, eval_iters
         self._ckpt_interval, self._save_dir = ckpt_interval, save_dir
@@ -157,11 +151,18 @@ class SimulatorCallback(L.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         strategy = self._strategy
-        return {"outer_steps": strategy.outer_steps + self._outer_steps_before if strategy else self._outer_steps}
+        done = strategy.outer_steps + self._outer_steps_before if strategy else self._outer_steps
+        return {"outer_steps": done, "cosine_anneal": self._cosine_anneal}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._outer_steps = state_dict["outer_steps"]
+        self._outer_steps, had = state_dict["outer_steps"], state_dict["cosine_anneal"]
+        if had != self._cosine_anneal:
+            raise MisconfigurationException(
+                f"The checkpoint was written by a run with `cosine_anneal` (={had}) and can't go on with"
+                f" `cosine_anneal` (={self._cosine_anneal}): its learning rate is where that run had it. Resume with"
+                " the same."
+            )
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

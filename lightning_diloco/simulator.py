@@ -250,6 +250,7 @@ class DilocoSimulator:
             self._eval_iters,
             self._ckpt_interval,
             self._save_dir,
+            self._cosine_anneal,
         )
 
 

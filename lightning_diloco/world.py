@@ -208,7 +208,7 @@ class World:
                     f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which a worker's {self.team}"
                     " processes can't average. Use `sparse=False`, or at most as many processes as workers."
                 )
-        for some in _buckets(held):
+        for some in _buckets(held, CHUNK):
             has = torch.tensor([p.grad is not None for p in some], dtype=some[0].dtype.to_real(), device=some[0].device)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
             pieces = [flat(t) for t in [*gradients, has]]
@@ -272,7 +272,7 @@ def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
         )
 
 
-def _buckets(parameters: Sequence[nn.Parameter], most: int = CHUNK) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
     """Parameters of one dtype and device, with ``most`` elements together unless a single one has more."""
     for key in dict.fromkeys((p.dtype, p.device) for p in parameters):
         bucket: list[nn.Parameter] = []

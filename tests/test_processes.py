@@ -22,7 +22,7 @@ from test_algorithms import DataParallel, Gossip, PeriodicAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy, comm
+from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy, comm, world
 from lightning_diloco.bits import same_bits
 from lightning_diloco.world import World
 
@@ -94,7 +94,7 @@ def train(
     """Everything that a run leaves behind on this rank."""
     L.seed_everything(5, verbose=False)
     module, watch = make(), Watch()
-    comm.CHUNK = chunk
+    comm.CHUNK = world.CHUNK = chunk
     diloco = DilocoStrategy(**{"num_nodes": 4, "diloco_interval": 4, **(strategy or {})})
     t = trainer(
         diloco,
@@ -366,6 +366,7 @@ def smooth(optimizer: Any = None) -> Project:
 
 TEAMS: dict[str, dict[str, Any]] = {
     "as it comes": {},
+    "several buckets of gradients": {"chunk": 9},
     "accumulation": {"accumulate_grad_batches": 2},
     "clipping": {"gradient_clip_val": 0.05},
     "average": {"strategy": {"inner_state": "average"}},
@@ -390,6 +391,14 @@ def test_teams_of_processes_are_workers_with_larger_batches(setting: str, tmp_pa
     for mine, theirs in zip(two["steps"], four["steps"], strict=True):
         assert mine["loss_step"] == pytest.approx(theirs["loss_step"], rel=tolerance)
     assert four["bytes"] == two["bytes"]
+
+
+def test_gradients_travel_in_buckets_of_bounded_size() -> None:
+    sizes = [4, 4, 3, 9, 1]
+    parameters = [nn.Parameter(torch.zeros(n, dtype=d)) for n in sizes for d in (torch.float32, torch.float64)]
+    buckets = list(world._buckets(parameters, 8))
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[4, 4], [3], [9], [1]] * 2
+    assert [{p.dtype for p in bucket} for bucket in buckets] == [{torch.float32}] * 4 + [{torch.float64}] * 4
 
 
 class Plain(Net):

@@ -998,9 +998,10 @@ def test_a_file_that_a_callback_wrote_at_a_synchronisation_counts_it() -> None:
     assert [(s.local_step, s.num_diloco_steps) for s in rest] == [(s.local_step, s.num_diloco_steps) for s in whole[4:]]
     assert rest[-1].num_diloco_steps == 2
     callbacks = torch.load("again.ckpt", weights_only=True)["callbacks"]
-    assert callbacks["SimulatorCallback"] == {"outer_steps": 1}
+    assert callbacks["SimulatorCallback"] == {"outer_steps": 1, "cosine_anneal": False}
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("cosine_anneal", [True, False])
 def test_resuming_can_t_begin_or_end_the_cosine(cosine_anneal: bool) -> None:
     trained(save_dir="files", ckpt_interval=1, cosine_anneal=not cosine_anneal)
@@ -1010,7 +1011,26 @@ def test_resuming_can_t_begin_or_end_the_cosine(cosine_anneal: bool) -> None:
         f"The checkpoint was written by a run with `cosine_anneal` (={not cosine_anneal}) and can't go on with"
         f" `cosine_anneal` (={cosine_anneal}): its learning rate is where that run had it. Resume with the same."
     )
-    SimulatorModule.load_from_checkpoint("files/final.ckpt", model=Classifier(), loss_fn=F.cross_entropy)  # loads
+    module = SimulatorModule.load_from_checkpoint("files/final.ckpt", model=Classifier(), loss_fn=F.cross_entropy)
+    module.test_step = lambda batch, batch_idx: module.log("loss", module.evaluate(batch)[0])
+    loader = DataLoader(classes(8), 4)
+    L.Trainer(logger=False, **QUIET).test(module, loader, ckpt_path="files/final.ckpt", verbose=False)  # may be read
+
+
+def test_a_subclass_may_have_a_schedule_of_its_own() -> None:
+    class Scheduled(SimulatorModule):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    class Own(DilocoSimulator):
+        module_cls = Scheduled
+
+    whole, rest = simulator(Own, save_dir="files", ckpt_interval=1), simulator(Own)
+    whole.train()
+    rest.train("files/step=000004.ckpt")
+    assert_same(weights(rest), weights(whole))
 
 
 def test_nothing_is_left_to_do_after_a_final_file() -> None:

@@ -1,6 +1,6 @@
 """How further processes on this machine begin, and how all of them end.
 
-Owns the launcher that starts this script again, the watch over a parent process, and what SIGTERM does. Does not own
+Owns the launcher that starts this script again, the watch over a parent process, and what signals do. Does not own
 what a process does in between. Private because Lightning's launchers and signal handlers have no public names.
 """
 

@@ -27,7 +27,7 @@ class WorkerResults(_ResultCollection):
     _step_values: dict[str, dict[int, Any]]
     _world: World
     _reduce: Callable[..., Any]
-    _visited: str
+    _visited: str  # which metric Lightning is reducing, in words
     _own: dict[int, _ResultCollection]
 
     def prepare(self, world: World, per_worker: bool) -> None:
