@@ -14,6 +14,7 @@ from pathlib import Path
 
 import byte_gpt
 import lightning as L
+import torch
 
 from lightning_diloco import DilocoStrategy
 
@@ -81,6 +82,7 @@ def main() -> None:
         for name, exchanges, sent, expected, per_step in rows:
             print(f"{name:<18}{exchanges:>10}{sent:>14,}{expected:>14,.0f}{per_step:>22,.0f}")
         print(f"DiLoCo sends 1/{rows[0][4] / rows[1][4]:.1f} of DDP's bytes per local step.")
+    torch.distributed.destroy_process_group()  # it began with DDP, which leaves it to the end of Python
 
 
 if __name__ == "__main__":

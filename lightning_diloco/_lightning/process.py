@@ -10,6 +10,7 @@ subclasses of its DDP strategy as distributed even in one process. It looks for 
 way of supporting foreign strategies.
 """
 
+import atexit
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
     _all_gather_ddp_if_available,
+    _destroy_dist_connection,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
     _sync_ddp_if_available,
@@ -84,6 +86,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         self.world = World(num_workers)
         self.in_loop = False  # whether training has begun and not ended
         self._group: Any = None  # the process group that `world` talks in
+        self._group_is_ours = False  # whether it was not there before
         self._end_watch: Callable[[], None] = _nothing
 
     # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
@@ -229,7 +232,10 @@ class ProcessStrategy(SingleDeviceStrategy):
         if self._timeout is not None:
             options["timeout"] = self._timeout
         backend = self._backend or _get_default_process_group_backend_for_device(device)
+        self._group_is_ours = self._group_is_ours or not torch.distributed.is_initialized()
         _init_dist_connection(self.cluster_environment, backend, **options)
+        if self._group_is_ours:
+            atexit.unregister(_destroy_dist_connection)  # until this run has ended well: it would wait for a lost peer
         if self._group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
             self._group = torch.distributed.group.WORLD
             self.world = World(self._num_workers, self.global_rank, size)
@@ -282,6 +288,9 @@ class ProcessStrategy(SingleDeviceStrategy):
             self.world.meet("the end of the run")
         except RuntimeError as error:  # this one's work is done all the same
             warnings.warn(str(error), stacklevel=2)
+            return
+        if self._group_is_ours:  # gloo's threads may abort a process that lets them run into the end of Python
+            atexit.register(_destroy_dist_connection)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
