@@ -52,6 +52,7 @@ class World:
         self.signals: set[str] = set()
         self.known_signals: set[str] = set()
         self.device = torch.device("cpu")
+        self.group: Any = None  # torch's default process group, as it was when this world was connected
         self._timeout: timedelta | None = None
         self._control: Any = None
         self._team_group: Any = None
@@ -89,6 +90,7 @@ class World:
         """
         if self.size == 1 or self._control is not None:
             return
+        self.group = dist.group.WORLD
         self._timeout = timeout or dist.distributed_c10d.default_pg_timeout
         self._control = dist.new_group(backend="gloo", timeout=self._timeout)
         self.agree("the start", settings)
@@ -96,6 +98,10 @@ class World:
             for worker in range(self.num_workers):
                 group = dist.new_group([self.host(worker, j) for j in range(self.team)], timeout=self._timeout)
                 self._team_group = group if worker in self.workers else self._team_group
+
+    def disconnect(self) -> None:
+        """Lets go of its channels; nobody can talk afterwards."""
+        self.group = self._control = self._team_group = None
 
     def meet(self, where: str, value: Any = None, detail: str = "") -> list[Any]:
         """Waits until all processes are here; returns every process's ``value``, by rank.

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -85,7 +86,6 @@ class ProcessStrategy(SingleDeviceStrategy):
         self.cluster_environment = cluster_environment
         self.world = World(num_workers)
         self.in_loop = False  # whether training has begun and not ended
-        self._group: Any = None  # the process group that `world` talks in
         self._group_is_ours = False  # whether it was not there before
         self._end_watch: Callable[[], None] = _nothing
 
@@ -235,9 +235,8 @@ class ProcessStrategy(SingleDeviceStrategy):
         self._group_is_ours = self._group_is_ours or not torch.distributed.is_initialized()
         _init_dist_connection(self.cluster_environment, backend, **options)
         if self._group_is_ours:
-            atexit.unregister(_destroy_dist_connection)  # until this run has ended well: it would wait for a lost peer
-        if self._group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
-            self._group = torch.distributed.group.WORLD
+            atexit.unregister(_close_group)  # until this run has ended well: it would wait for a lost peer
+        if self.world.group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
             self.world = World(self._num_workers, self.global_rank, size)
             self.world.connect(self._timeout, self.settings)
         self.world.signals, self.world.known_signals = set(), set()
@@ -290,7 +289,8 @@ class ProcessStrategy(SingleDeviceStrategy):
             warnings.warn(str(error), stacklevel=2)
             return
         if self._group_is_ours:  # gloo's threads may abort a process that lets them run into the end of Python
-            atexit.register(_destroy_dist_connection)
+            _open_worlds.add(self.world)
+            atexit.register(_close_group)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -366,6 +366,16 @@ _CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → it
     "_signal_connector": (_SignalConnector, DilocoSignalConnector),
     "_data_connector": (_DataConnector, DilocoDataConnector),
 }
+
+
+_open_worlds: WeakSet[World] = WeakSet()
+
+
+def _close_group() -> None:
+    """Gives the process group back, whose threads end with the last reference to it."""
+    for world in list(_open_worlds):
+        world.disconnect()
+    _destroy_dist_connection()
 
 
 def _nothing() -> None:
