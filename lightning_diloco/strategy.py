@@ -5,6 +5,7 @@ fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engi
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -177,6 +179,7 @@ class DilocoStrategy(TeamStrategy):
         self._initial_state: Sequence[Any] | None = None
         self._dealing: Dealing | None = None
         self.project_keeps_gradients = False
+        _warn_of_another_trainer()
 
     # ---------------------------------------------------------------------------------------- what users read
 
@@ -571,3 +574,22 @@ class DilocoStrategy(TeamStrategy):
 def _without_addresses(text: str) -> str:
     """A ``repr`` without what differs from process to process."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+_warned_of_another_trainer = False  # once per process is enough for those who use `lightning` all along
+
+
+def _warn_of_another_trainer() -> None:
+    """A Trainer of ``pytorch_lightning`` would answer that this is an invalid strategy name."""
+    global _warned_of_another_trainer
+    other = sys.modules.get("pytorch_lightning")
+    if _warned_of_another_trainer or other is None or getattr(other, "Trainer", None) is Trainer:
+        return
+    _warned_of_another_trainer = True
+    rank_zero_warn(
+        "`pytorch_lightning` is imported in this process. Its Trainer takes no DilocoStrategy ('You selected an invalid"
+        " strategy name'), and the Trainer of `lightning.pytorch` takes none of its modules. If your code or a package"
+        " that builds the Trainer for you uses `pytorch_lightning`, put `import lightning_diloco.as_pytorch_lightning`"
+        " above its first import. If only a dependency has imported it, ignore this warning, which comes once.",
+        stacklevel=6,  # the line that makes the strategy
+    )
