@@ -4,6 +4,7 @@ Owns the launcher that starts this script again, the watch over a parent process
 what a process does in between. Private because Lightning's launchers and signal handlers have no public names.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -40,6 +41,26 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             process.kill()
             process.wait()
         self.procs.clear()  # Lightning's observer of this list would kill this process, too
+
+
+class CopyLauncher(_MultiProcessingLauncher):
+    """Copies this process for each device ("spawn", "fork")."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Spawned processes unpickle this before the project's modules, which may import ``pytorch_lightning``."""
+        alias = "lightning_diloco.as_pytorch_lightning"
+        return {"imported_first": _Import(alias) if alias in sys.modules else None, **self.__dict__}
+
+
+class _Import:
+    """Is pickled as the import of a module."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.name,)
 
 
 def watch_parent(launcher: Any, environment: Any, spare: Callable[[], bool]) -> Callable[[], None]:

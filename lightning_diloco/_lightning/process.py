@@ -33,7 +33,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
@@ -42,7 +41,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import DilocoDataConnector
-from lightning_diloco._lightning.launching import DilocoSignalConnector, ScriptLauncher, watch_parent
+from lightning_diloco._lightning.launching import CopyLauncher, DilocoSignalConnector, ScriptLauncher, watch_parent
 from lightning_diloco.world import World, check_layout
 
 StartMethod = Literal["popen", "spawn", "fork"]
@@ -204,7 +203,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         if method == "popen":
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._machines)
         else:
-            self._launcher = _MultiProcessingLauncher(self, start_method=method)  # type: ignore[arg-type]
+            self._launcher = CopyLauncher(self, start_method=method)  # type: ignore[arg-type]
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -359,7 +358,7 @@ class ProcessStrategy(SingleDeviceStrategy):
 
     @property
     def _only_starts_others(self) -> bool:
-        return isinstance(self._launcher, _MultiProcessingLauncher) and self.world.size == 1
+        return isinstance(self._launcher, CopyLauncher) and self.world.size == 1
 
 
 _CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → its class, and ours
