@@ -80,3 +80,12 @@ def run(function: Callable[..., Any], size: int, *args: Any, out: Path, machines
     failed = {rank: outcome for rank, outcome in enumerate(results) if outcome is None or outcome[0] != "returned"}
     assert not failed, failed
     return [outcome[1] for outcome in results if outcome is not None]
+
+
+def in_a_process(function: Callable[[], Any], out: Path) -> Any:
+    """What ``function()`` returns in one forked process: for what changes a process for good."""
+    (outcome,) = outcomes(start(function, 1, (), out), out)
+    assert outcome is not None, "the process was killed"
+    kind, value = outcome
+    assert kind == "returned", value
+    return value

@@ -14,25 +14,18 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from helpers import assert_same, regression_data
-from processes import outcomes, start
+from processes import in_a_process
 
 from lightning_diloco import DilocoStrategy
 
 ROOT = Path(__file__).parents[1]
-
-
-def in_a_process(function: Callable[[], Any], out: Path) -> Any:
-    """What ``function()`` returns in a forked process; what it raises, as text."""
-    assert "pytorch_lightning" not in sys.modules  # an inherited one would make these tests void
-    (outcome,) = outcomes(start(function, 1, (), out), out)
-    assert outcome is not None
-    return outcome[1]
 
 
 def alias() -> None:
@@ -90,6 +83,8 @@ def test_every_way_to_import_gives_the_same_module(tmp_path: Path) -> None:
         assert importlib.util.find_spec("pytorch_lightning.nothing") is None
         with pytest.raises(ModuleNotFoundError, match=r"No module named 'pytorch_lightning\.nothing'"):
             importlib.import_module("pytorch_lightning.nothing")
+        made = sys.modules["lightning.pytorch.made"] = ModuleType("made")  # as Lightning does for old checkpoints
+        assert importlib.import_module("pytorch_lightning.made") is made
         assert pickle.loads(pickle.dumps(EarlyStopping)) is EarlyStopping
         assert pickle.loads(b"cpytorch_lightning.callbacks.early_stopping\nEarlyStopping\n.") is EarlyStopping
         assert copy.deepcopy(pl.Trainer) is L.Trainer
