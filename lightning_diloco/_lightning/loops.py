@@ -101,7 +101,7 @@ class DilocoFitLoop(_FitLoop):
         assert self._combined_loader is not None
         for loader in self._combined_loader.flattened:
             set_epoch(loader, progress.current.processed)
-        self._strategy.engine.take_over()
+        self._strategy.engine.expect_outside_changes()
 
     @override
     def on_advance_end(self) -> None:
@@ -111,7 +111,7 @@ class DilocoFitLoop(_FitLoop):
         super().on_advance_end()
         if values:
             _log(self.trainer, values, self.epoch_loop._batches_that_stepped - 1)
-        self._strategy.engine.take_over()
+        self._strategy.engine.end_epoch()
 
     @override
     def on_run_end(self) -> None:
@@ -128,8 +128,10 @@ class DilocoEpochLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if self._resumes_after_validation(data_fetcher):
             return
-        trainer, engine = self.trainer, _strategy_of(self.trainer).engine
+        trainer, strategy = self.trainer, _strategy_of(self.trainer)
+        engine, module = strategy.engine, trainer.lightning_module
         connector = trainer._logger_connector
+        strategy.follow_optimizers()
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
@@ -141,11 +143,19 @@ class DilocoEpochLoop(_TrainingEpochLoop):
 
         outputs: dict[int, Outputs] = {}
         end_of_epoch = False
+        end_hook_is_due, steps_before = True, engine.local_steps
+
+        def end_hook() -> None:
+            self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+
         if all(b is None for b in batches.values()):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         else:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            responses = self._module_hook("on_train_batch_start", batches, lambda w: (batches[w], batch_idx))
+            left = {
+                w: b for w, b in batches.items() if w not in engine.torn_step
+            }  # all, but in a step torn by an error
+            responses = self._module_hook("on_train_batch_start", left, lambda w: (batches[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
             if end_of_epoch:
@@ -153,12 +163,15 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             else:
                 self.batch_progress.increment_started()
                 with trainer.profiler.profile("run_training_batch"):
-                    outputs = self._run_workers(batches, batch_idx)
-                if not self.automatic_optimization._skip_backward:  # SWA's pass for BatchNorm statistics trains nothing
-                    with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
-                        if not trainer.lightning_module.automatic_optimization:
-                            engine.share_buffers_in_team()  # as DDP does before every forward
-                        _strategy_of(trainer).deliver(engine.end_step())
+                    outputs = self._run_workers(left, batch_idx)
+                if not module.automatic_optimization and engine.num_workers > 1:
+                    end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
+                    end_hook_is_due = False
+                if self.automatic_optimization._skip_backward:
+                    engine.forget_step()  # SWA's pass for BatchNorm statistics trains nothing
+                else:
+                    self._end_step()
+        counted = engine.local_steps > steps_before
         self.batch_progress.increment_processed()
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
@@ -168,7 +181,11 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             raise StopIteration
 
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
-        self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+        if end_hook_is_due:
+            with engine.counted_batch(counted):
+                end_hook()
+            if engine.stepped:
+                self._end_step()
         _obey_signals(trainer)
         connector.on_batch_end()
         self.batch_progress.increment_completed()
@@ -176,6 +193,14 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         accumulating = self._should_accumulate() and trainer.lightning_module.automatic_optimization
         if not accumulating and (connector.should_update_logs or trainer.fast_dev_run):
             _log(trainer, _worker_values(self._results, on_step=True), self._batches_that_stepped)
+
+    def _end_step(self) -> None:
+        """Counts the local step, if an optimizer stepped, and synchronises if it is due."""
+        trainer, strategy = self.trainer, _strategy_of(self.trainer)
+        with trainer.profiler.profile(f"[Strategy]{type(strategy).__name__}.outer_step"):
+            if not trainer.lightning_module.automatic_optimization:
+                strategy.engine.share_buffers_in_team()  # as DDP does before every forward
+            strategy.deliver(strategy.engine.end_step())
 
     @override
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -230,17 +255,18 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             if batch is not None and w in active
         }
         stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
-        if engine.algorithm.needs_gradients and automatic and stepping:
-            outputs = self._run_after_all_backwards(turns, batch_idx)
-        else:
-            outputs = {}
-            for w in self._each_worker(turns):
-                with self._turn(w, batches[w]):
-                    if automatic:
-                        optimizer = self.trainer.optimizers[0]
-                        outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
-                    else:
-                        outputs[w] = self.manual_optimization.run(turns[w])
+        with self._counters_kept(turns):
+            if engine.algorithm.needs_gradients and automatic and stepping:
+                outputs = self._run_after_all_backwards(turns, batch_idx)
+            else:
+                outputs = {}
+                for w in self._each_worker(turns):
+                    with self._turn(w, batches[w]):
+                        if automatic:
+                            optimizer = self.trainer.optimizers[0]
+                            outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
+                        else:
+                            outputs[w] = self.manual_optimization.run(turns[w])
         self._results_fold()
         return outputs
 
@@ -271,6 +297,21 @@ class DilocoEpochLoop(_TrainingEpochLoop):
                     vars(counter).update(values)
             yield w
 
+    @contextmanager
+    def _counters_kept(self, turns: Mapping[int, Any]) -> Iterator[None]:
+        """An error inside leaves the progress counters as they were, unless all workers have stepped: a run that
+        resumes from a file saved then finishes the step, and counts it.
+        """
+        counters = _trackers(self.automatic_optimization, self.manual_optimization)
+        start = [dict(vars(c)) for c in counters]
+        try:
+            yield
+        except BaseException:
+            if not set(turns) <= set(_strategy_of(self.trainer).engine.torn_step):
+                for counter, values in zip(counters, start, strict=True):
+                    vars(counter).update(values)
+            raise
+
     def _module_hook(
         self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]
     ) -> list[Any]:
@@ -297,6 +338,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         try:
             with results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
                 yield
+                strategy.follow_optimizers()  # which is refused here
         finally:
             connector._first_loop_iter = first_iteration
 
