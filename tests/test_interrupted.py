@@ -39,6 +39,10 @@ class Ill(Net):
     def on_before_optimizer_step(self, optimizer):
         self.fail("on_before_optimizer_step", self.trainer.fit_loop.epoch_loop.batch_idx)
 
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.fail("after optimizer_step", self.trainer.fit_loop.epoch_loop.batch_idx)
+
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.fail("on_train_batch_end", batch_idx)
 
@@ -89,6 +93,16 @@ def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(
     assert_same_run(resumed, undisturbed)
     assert t.global_step == whole.global_step == 16
     assert seen == list(range(batch + 1, 17))
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2])
+def test_a_worker_that_fails_after_its_step_has_taken_it(worker: int) -> None:
+    undisturbed, _, _ = run(Ill(None))
+    with pytest.warns(UserWarning, match="Local step 7 was interrupted"), pytest.raises(ArithmeticError):
+        run(Ill(worker, "after optimizer_step"))
+    resumed, t, _ = run(Ill(None), "rescue.ckpt")
+    assert_same_run(resumed, undisturbed)
+    assert t.global_step == 16
 
 
 def test_an_error_after_the_step_was_counted_tears_nothing() -> None:

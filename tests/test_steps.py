@@ -383,29 +383,38 @@ def test_optimizers_replaced_inside_a_turn_are_refused() -> None:
         trainer(three()).fit(Inside(), loader())
 
 
+class Half(Net):
+    """Two optimizers, of which one is replaced by another for the second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        first, second = self.net[0], self.net[3]
+        return [torch.optim.Adam(first.parameters()), torch.optim.Adam(second.parameters())]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.optimizers = [self.trainer.optimizers[0], torch.optim.SGD(self.net[3].parameters(), 0.1)]
+
+
+def test_the_state_that_workers_are_reset_to_is_that_after_configure_optimizers() -> None:
+    module, strategy = Half(), three(6, inner_state="reset", final_sync=False)
+    trainer(strategy).fit(module, loader())  # 16 steps, the last synchronisation after 12
+    inner: Any = strategy.engine._inner
+    assert [int(w.states[0][module.net[0].weight]["step"]) for w in inner.workers.values()] == [4, 4, 4]
+
+
 def test_an_optimizer_that_stays_keeps_every_workers_state() -> None:
-    class Half(Net):
-        def __init__(self) -> None:
-            super().__init__(batch_norm=False)
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            first, second = self.net[0], self.net[3]
-            return [torch.optim.Adam(first.parameters()), torch.optim.Adam(second.parameters())]
-
-        def training_step(self, batch, batch_idx):
-            self.manual_backward(self.loss(batch))
-            for optimizer in self.optimizers():
-                optimizer.step()
-                optimizer.zero_grad()
-
-        def on_train_epoch_start(self):
-            if self.current_epoch == 1:
-                self.trainer.optimizers = [self.trainer.optimizers[0], torch.optim.SGD(self.net[3].parameters(), 0.1)]
-
     module, strategy = Half(), three(inner_state="keep")
-    t = trainer(strategy)
-    t.fit(module, loader())
+    trainer(strategy).fit(module, loader())
     inner: Any = strategy.engine._inner
     moments: list[Tensor] = [w.states[0][module.net[0].weight]["exp_avg"] for w in inner.workers.values()]
     assert [int(w.states[0][module.net[0].weight]["step"]) for w in inner.workers.values()] == [16, 16, 16]

@@ -9,7 +9,7 @@ strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -255,12 +255,13 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             if batch is not None and w in active
         }
         stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
-        with self._counters_kept(turns):
+        counters = _Counters(self.automatic_optimization, self.manual_optimization)
+        with counters.kept(lambda: set(turns) <= set(engine.torn_step)):
             if engine.algorithm.needs_gradients and automatic and stepping:
-                outputs = self._run_after_all_backwards(turns, batch_idx)
+                outputs = self._run_after_all_backwards(turns, batch_idx, counters)
             else:
                 outputs = {}
-                for w in self._each_worker(turns):
+                for w in counters.each(turns):
                     with self._turn(w, batches[w]):
                         if automatic:
                             optimizer = self.trainer.optimizers[0]
@@ -270,47 +271,24 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         self._results_fold()
         return outputs
 
-    def _run_after_all_backwards(self, turns: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
+    def _run_after_all_backwards(
+        self, turns: Mapping[int, Any], batch_idx: int, counters: "_Counters"
+    ) -> dict[int, Outputs]:
         """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
         strategy, loop = _strategy_of(self.trainer), self.automatic_optimization
         engine = strategy.engine
         closures: dict[int, _Finished] = {}
-        for w in self._each_worker(turns):
+        for w in counters.each(turns):
             with self._turn(w, turns[w].get("batch"), keep_gradients=True):
                 closure = loop._make_closure(turns[w], self.trainer.optimizers[0], batch_idx)
                 with strategy.gradients_in_team():
                     closures[w] = _Finished(closure())
                 closures[w].output = closure.consume_result().asdict()
         engine.before_inner_steps()
-        for w in self._each_worker(turns):
+        for w in counters.each(turns):
             with self._turn(w, turns[w].get("batch")), strategy.gradients_are_means():
                 loop._optimizer_step(batch_idx, closures[w])
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
-
-    def _each_worker(self, turns: Mapping[int, Any]) -> Iterator[int]:
-        """The workers in order, each of which finds the progress counters as the first one did."""
-        counters = _trackers(self.automatic_optimization, self.manual_optimization)
-        start = [dict(vars(c)) for c in counters]
-        for i, w in enumerate(turns):
-            if i:
-                for counter, values in zip(counters, start, strict=True):
-                    vars(counter).update(values)
-            yield w
-
-    @contextmanager
-    def _counters_kept(self, turns: Mapping[int, Any]) -> Iterator[None]:
-        """An error inside leaves the progress counters as they were, unless all workers have stepped: a run that
-        resumes from a file saved then finishes the step, and counts it.
-        """
-        counters = _trackers(self.automatic_optimization, self.manual_optimization)
-        start = [dict(vars(c)) for c in counters]
-        try:
-            yield
-        except BaseException:
-            if not set(turns) <= set(_strategy_of(self.trainer).engine.torn_step):
-                for counter, values in zip(counters, start, strict=True):
-                    vars(counter).update(values)
-            raise
 
     def _module_hook(
         self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]
@@ -362,6 +340,52 @@ class DilocoValidationLoop(_EvaluationLoop):
         _obey_signals(self.trainer)
 
 
+class _Counters:
+    """Lightning's progress counters in one step, which move once although every worker steps.
+
+    Args:
+        automatic: the loop that counts under automatic optimization.
+        manual: the one under manual optimization.
+    """
+
+    def __init__(self, automatic: _AutomaticOptimization, manual: _ManualOptimization) -> None:
+        progress = automatic.optim_progress.optimizer
+        pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
+        self._trackers: list[Any] = [tracker for pair in pairs for tracker in (pair.total, pair.current)]
+        self._before = self._read()
+        self._after: list[dict[str, int]] | None = None
+
+    def each(self, turns: Iterable[int]) -> Iterator[int]:
+        """The workers in order, each of which finds the counters as the first one did."""
+        for i, w in enumerate(turns):
+            if i:
+                self._after = self._after or self._read()
+                self._write(self._before)
+            yield w
+
+    @contextmanager
+    def kept(self, all_stepped: Callable[[], bool]) -> Iterator[None]:
+        """An error inside leaves the counters as before the step, or after it if all workers have stepped.
+
+        A run that resumes from a file saved then finishes the step, and counts it once.
+        """
+        try:
+            yield
+        except BaseException:
+            if not all_stepped():
+                self._write(self._before)
+            elif self._after is not None:
+                self._write(self._after)
+            raise
+
+    def _read(self) -> list[dict[str, int]]:
+        return [dict(vars(tracker)) for tracker in self._trackers]
+
+    def _write(self, values: Sequence[Mapping[str, int]]) -> None:
+        for tracker, saved in zip(self._trackers, values, strict=True):
+            vars(tracker).update(saved)
+
+
 class _Finished:
     """A closure whose forward and backward are done: calling it returns the loss."""
 
@@ -381,12 +405,6 @@ def _strategy_of(trainer: Trainer) -> "DilocoStrategy":
 
     assert isinstance(trainer.strategy, DilocoStrategy)
     return trainer.strategy
-
-
-def _trackers(automatic: _AutomaticOptimization, manual: _ManualOptimization) -> list[Any]:
-    progress = automatic.optim_progress.optimizer
-    pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
-    return [tracker for pair in pairs for tracker in (pair.total, pair.current)]
 
 
 def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
