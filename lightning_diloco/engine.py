@@ -209,7 +209,17 @@ class Engine:
             yield
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continues from a state that :meth:`pack` made; before the first step."""
+        """Continues from a state that :meth:`pack` made; before the first step.
+
+        Raises:
+            ValueError: the state was saved in the middle of a step that can't be finished.
+        """
+        if state["torn"]["workers"] and self.algorithm.needs_gradients:
+            raise ValueError(
+                f"The checkpoint was saved when local step {state['local_steps'] + 1} had been interrupted, and"
+                f" {type(self.algorithm).__name__} needs the gradients of all workers to finish that step. Resume from"
+                " the last file before it."
+            )
         self._public.set_transparent(False)
         checkpoint.apply(state, self.context, self.algorithm)
         self._stepped_workers = set(state["torn"]["workers"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import Net, assert_same, loader, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from test_algorithms import DataParallel
 
 from lightning_diloco import DilocoStrategy
 
@@ -145,6 +146,14 @@ def test_no_run_resumes_from_a_file_saved_in_the_middle_of_an_outer_step(monkeyp
     assert Path("rescue.ckpt").exists()
     with pytest.raises(ValueError, match="saved when the outer step after local step 4 had been interrupted"):
         run(Ill(None), "rescue.ckpt")
+
+
+def test_an_algorithm_that_exchanges_gradients_cannot_finish_a_torn_step() -> None:
+    kwargs: Any = {"algorithm": DataParallel(), "outer_optimizer_cls": torch.optim.SGD}
+    with pytest.warns(UserWarning, match="Local step 7 was interrupted"), pytest.raises(ArithmeticError):
+        run(Ill(1, "on_before_optimizer_step"), **kwargs)
+    with pytest.raises(ValueError, match="DataParallel needs the gradients of all workers to finish that step"):
+        run(Ill(None), "rescue.ckpt", **kwargs)
 
 
 def test_the_number_of_workers_cannot_change_in_a_torn_step() -> None:
