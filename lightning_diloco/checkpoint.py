@@ -8,6 +8,8 @@ Format version 1 (worker ids are global; tensors are copies)::
 
     version, num_workers, interval, seed
     local_steps, round_start, outer_steps
+    torn        workers: those that have taken a step beyond local_steps, which an error kept from being counted;
+                outer_step: whether an error interrupted the outer step
     exchanges   what the workers have sent: {"what", "steps", "bytes"}
     outer       names (per group of the outer optimizer), parameters (a list of names: their values are state_dict's),
                 buffers, optimizer
@@ -20,7 +22,7 @@ Format version 1 (worker ids are global; tensors are copies)::
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,12 +44,26 @@ _PER_MEMBER = ("random", "gradients")  # what each process of a worker's team ha
 Packed = dict[str, Any]
 
 
-def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int, random: Packed) -> Packed:
-    """The state of a run between turns, as copies; ``random`` is that of the process's own generators.
+def pack(
+    context: SyncContext,
+    algorithm: SyncAlgorithm,
+    seed: int,
+    random: Packed,
+    pending: Callable[[ModelState], ModelState],
+) -> Packed:
+    """The state of a run between turns, as copies.
 
     All processes call it together; what process 0 returns has all workers.
+
+    Args:
+        context: the run's workers, θ and counters.
+        algorithm: the run's algorithm.
+        seed: the run's seed.
+        random: the state of the process's own generators.
+        pending: gives a state with what others have written into the module and no worker has taken over yet.
     """
     layout, outer = context.replicas.layout, context.outer
+    theta = pending(outer.state)
     names = {id(p): n for n, p in outer.parameters.items()}
     groups = outer.optimizer.param_groups
     return {
@@ -61,13 +77,13 @@ def pack(context: SyncContext, algorithm: SyncAlgorithm, seed: int, random: Pack
         "exchanges": _pack_ledger(context.ledger),
         "outer": {
             "names": [[names[id(p)] for p in group["params"]] for group in groups],
-            "parameters": _clones(outer.tensors),
-            "buffers": _pack_buffers(layout, outer.state),
+            "parameters": _clones(theta.tensors),
+            "buffers": _pack_buffers(layout, theta),
             "optimizer": _copied(outer.optimizer.state_dict()),
         },
         "algorithm": _copied(algorithm.state_dict()),
         "random": random,
-        "workers": _pack_workers(context),
+        "workers": _pack_workers(context, theta.tensors, pending),
     }
 
 
@@ -93,6 +109,7 @@ def check(state: Packed, num_workers: int, source: str) -> None:
         "workers",
         "random",
         "loader",
+        "torn",
     }
     missing = sorted(expected - state.keys())
     if missing:
@@ -103,7 +120,12 @@ def check(state: Packed, num_workers: int, source: str) -> None:
             f"{source} was written by {state['num_workers']} workers, but the state of worker"
             f" {', '.join(map(str, lost))} is missing: the file is damaged."
         )
-    done = state["local_steps"] - state["round_start"]
+    if state["torn"]["outer_step"]:
+        raise ValueError(
+            f"{source} was saved when the outer step after local step {state['local_steps'] + 1} had been interrupted,"
+            " and its θ may be half moved. Resume from the last file before it."
+        )
+    done = state["local_steps"] - state["round_start"] + bool(state["torn"]["workers"])
     if num_workers != state["num_workers"] and done:
         raise ValueError(
             f"`num_nodes` (={num_workers}) differs from the {state['num_workers']} workers of {source}, which was saved"
@@ -172,9 +194,11 @@ def restore_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------- workers
 
 
-def _pack_workers(context: SyncContext) -> dict[int, Packed]:
+def _pack_workers(
+    context: SyncContext, theta: Mapping[str, Tensor], pending: Callable[[ModelState], ModelState]
+) -> dict[int, Packed]:
     world = context.comm.world
-    packed = {w: _pack_worker(context, w) for w in world.workers}
+    packed = {w: _pack_worker(context, w, theta, pending(context.replicas.states[w])) for w in world.workers}
     if world.size == 1:
         return packed
     world.meet(f"a checkpoint after {context.local_steps} local steps")
@@ -190,14 +214,13 @@ def _pack_workers(context: SyncContext) -> dict[int, Packed]:
     return workers
 
 
-def _pack_worker(context: SyncContext, w: int) -> Packed:
-    layout, theta, replica = context.replicas.layout, context.outer.tensors, context.replicas.tensors(w)
-    worker = context.inner.workers[w]
+def _pack_worker(context: SyncContext, w: int, theta: Mapping[str, Tensor], state: ModelState) -> Packed:
+    layout, replica, worker = context.replicas.layout, state.tensors, context.inner.workers[w]
     names = {id(p): n for n, p in layout.parameters.items()}
     stream = worker.stream
     return {
         "parameters": None if all(same_bits(replica[n], theta[n]) for n in theta) else _clones(replica),
-        "buffers": _pack_buffers(layout, context.replicas.states[w]),
+        "buffers": _pack_buffers(layout, state),
         "inner": [_pack_inner(o, s) for o, s in zip(context.inner.live, worker.states, strict=True)],
         "control": _copied(worker.control),
         "scaler": None if worker.scaler is None else _copied(worker.scaler.state_dict()),

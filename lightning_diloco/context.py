@@ -104,6 +104,11 @@ class SyncContext:
         """The trainable parameters."""
         return self.outer.names
 
+    @property
+    def in_round(self) -> bool:
+        """Whether a synchronisation has begun and not ended."""
+        return self._round is not None
+
     def due(self, tick: int) -> bool:
         """Whether the present round has had its H local steps (or, H having changed on resume, a multiple of them)."""
         return (tick - self.round_start) % self.interval == 0

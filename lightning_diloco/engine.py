@@ -18,6 +18,8 @@ engine runs without a Trainer::
 """
 
 import copy
+import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,11 +27,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_diloco import checkpoint
 from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
 from lightning_diloco.comm import Comm
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
+from lightning_diloco.guard import StepGuard
 from lightning_diloco.inner import InnerOptimizers
 from lightning_diloco.outer import Outer, OuterFactory
 from lightning_diloco.public import PublicModel
@@ -125,17 +129,18 @@ class Engine:
             inner_state=self.policies.inner_state,
             nonfinite=self.policies.nonfinite,
         )
-        self._stepped = False
+        self._stepped = False  # whether an optimizer stepped since the last local step was counted
+        self._stepped_workers: set[int] = set()  # the workers in whose turns that was
+        self._counted = False  # whether the present batch has been counted as a local step already
+        self._moved_late = False  # whether an optimizer stepped after its batch was counted
+        self._torn_outer_step = False  # whether an error interrupted the outer step
+        self._guard = StepGuard()
         self._outside_random: dict[str, Any] | None = None  # the process's generators, while validation has its own
         self._looking = 0  # how many weights() windows are open
         self.finished = False
-        self._hooks = [
-            o.register_step_post_hook(lambda *_: self.note_step())
-            for o in self._inner.live
-            if hasattr(o, "register_step_post_hook")
-        ]
-        if self.policies.inner_state != "keep":
-            self._hooks += self._inner.watch_groups()
+        after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
+        self._hooks = [register_optimizer_step_post_hook(lambda o, *_: (after_step() or _nothing)(o))]
+        self._watch_groups()
         algorithm.setup(self.context)
         self._public.set_transparent(self._is_plain_run())
 
@@ -157,10 +162,45 @@ class Engine:
                 f"A checkpoint can't be saved inside worker {self.current_worker}'s turn, in which the workers are"
                 " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
             )
+        self._warn_of_torn_step()
         if not self._looking and not self.finished:
-            self._public.take_over()
             self._inner.share_outside_changes()
-        return checkpoint.pack(self.context, self.algorithm, seed, self._outside_random or process_state())
+        random = self._outside_random or process_state()
+        state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
+        state["torn"] = {"workers": self.torn_step, "outer_step": self._torn_outer_step}
+        return state
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimizer stepped since the last local step was counted."""
+        return self._stepped
+
+    @property
+    def torn_step(self) -> list[int]:
+        """The workers that have taken a local step which an error kept from being counted."""
+        return sorted(self._stepped_workers)
+
+    def _warn_of_torn_step(self) -> None:
+        step, done = self.local_steps + 1, self.torn_step
+        left = [w for w in self.local_workers if w not in done]
+        if self._torn_outer_step:
+            message = (
+                f"The outer step after {step} local steps was interrupted, so θ in the checkpoint may be half moved. No"
+                " run can resume from this file; take the last one before it."
+            )
+        elif done:
+            message = (
+                f"Local step {step} was interrupted: the checkpoint holds worker {', '.join(map(str, done))} after that"
+                f" step and worker {', '.join(map(str, left)) or 'none'} before it. A run that resumes from the file"
+                " finishes the step first."
+            )
+        else:
+            return
+        warnings.warn(message, stacklevel=3)
+
+    def _with_pending(self, state: ModelState) -> ModelState:
+        """``state`` with what was written into the module since the last turn."""
+        return state if self._looking or self.finished else self._public.pending(state)
 
     @contextmanager
     def first_workers_state(self) -> Iterator[None]:
@@ -169,9 +209,21 @@ class Engine:
             yield
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continues from a state that :meth:`pack` made; before the first step."""
+        """Continues from a state that :meth:`pack` made; before the first step.
+
+        Raises:
+            ValueError: the state was saved in the middle of a step that can't be finished.
+        """
+        if state["torn"]["workers"] and self.algorithm.needs_gradients:
+            raise ValueError(
+                f"The checkpoint was saved when local step {state['local_steps'] + 1} had been interrupted, and"
+                f" {type(self.algorithm).__name__} needs the gradients of all workers to finish that step. Resume from"
+                " the last file before it."
+            )
         self._public.set_transparent(False)
         checkpoint.apply(state, self.context, self.algorithm)
+        self._stepped_workers = set(state["torn"]["workers"])
+        self._stepped = bool(self._stepped_workers)
         self._inner.rest()
         self._public.publish(self.algorithm.publish())
         self._public.set_transparent(self._is_plain_run())
@@ -209,9 +261,14 @@ class Engine:
         layout, state = self._replicas.layout, self._replicas.states[worker]
         layout.bind(state)
         layout.begin_turn()
+        mine = self._inner.workers[worker]
+        random = None if mine.stream is None else mine.stream.state
+        self._guard.begin_turn(layout, state, self._outer.tensors)
+        completed = False
         try:
-            with self._inner.workers[worker].turn(layout.everything if self.num_workers > 1 else [], keep_gradients):
+            with mine.turn(layout.everything if self.num_workers > 1 else [], keep_gradients):
                 yield
+            completed = True
             if layout.replaced():
                 raise RuntimeError(
                     f"Parameters were added, removed or replaced inside worker {worker}'s step, where the other workers"
@@ -220,14 +277,73 @@ class Engine:
                 )
             with torch.no_grad():
                 layout.collect(state)
+            where = f"worker {worker}'s turn at local step {self.local_steps + 1}"
+            self._guard.end_turn(layout, state, self._inner.live, where)
         finally:
+            if not completed and random is not None and worker not in self._stepped_workers:
+                mine.stream.state = random  # type: ignore[union-attr]  # a resumed run does this turn again
             layout.end_turn()
             self._public.show()
             self._inner.rest()
 
-    def note_step(self) -> None:
-        """Says that an optimizer stepped (or would have, had its scaler let it): the batch is a local step."""
+    def note_step(self, optimizer: Any) -> None:
+        """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step."""
+        self._guard.stepped(optimizer)
+        if self._counted:
+            self._moved_late = True
+            return
         self._stepped = True
+        if self.current_worker is not None:
+            self._stepped_workers.add(self.current_worker)
+
+    def forget_step(self) -> None:
+        """Forgets that optimizers stepped: the step has been counted, or trained nothing."""
+        self._stepped, self._stepped_workers = False, set()
+
+    def _after_optimizer_step(self, optimizer: Any) -> None:
+        """Any optimizer of this process has stepped."""
+        if self._inner.knows(optimizer):
+            self.note_step(optimizer)
+        elif self.current_worker is not None and not self.transparent:
+            self._guard.foreign_step(optimizer, self._replicas.layout, (self.current_worker, self.local_steps))
+
+    def use_optimizers(self, optimizers: Sequence[Any], schedulers: Sequence[Any] = ()) -> None:
+        """Follows optimizers that were replaced between turns: every worker starts with a copy of the new one's state.
+
+        Args:
+            optimizers: those that the training loop steps from now on; the ones it stepped before keep the workers'
+                states.
+            schedulers: as in the constructor.
+
+        Raises:
+            RuntimeError: they were replaced inside a worker's turn.
+        """
+        if not self._inner.are_others(optimizers, schedulers):
+            return
+        if self.current_worker is not None and not self.transparent:
+            raise RuntimeError(
+                f"The optimizers were replaced inside worker {self.current_worker}'s turn, where the other workers"
+                " can't follow. Do it between steps, for all workers at once (for example in"
+                " `Callback.on_train_batch_start`, or in the module's `on_train_epoch_start`)."
+            )
+        if self.num_workers > 1:
+            refuse_foreign_tensors(self.module, optimizers)
+        self._inner.replace(optimizers, schedulers)
+        self._guard.replaced()
+        self._watch_groups()
+
+    def _watch_groups(self) -> None:
+        if self.policies.inner_state != "keep":
+            self._hooks += self._inner.watch_groups()
+
+    @contextmanager
+    def counted_batch(self, counted: bool) -> Iterator[None]:
+        """Inside, the batch is over; if it was counted as a local step, further steps of optimizers belong to that."""
+        self._counted = counted
+        try:
+            yield
+        finally:
+            self._counted = False
 
     def before_inner_steps(self) -> None:
         """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
@@ -236,20 +352,38 @@ class Engine:
 
     def end_step(self) -> Sequence[OuterStepReport]:
         """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
+        waiting = {p for worker in self._inner.workers.values() for p in worker.gradients}
+        self._guard.end_batch(self._replicas.layout, waiting)
         if not self._stepped:
             return []
-        self._stepped = False
         self.context.local_steps += 1
+        self._torn_outer_step = True
+        try:
+            reports = self._exchanged(self._synchronise())
+        except BaseException:
+            self._torn_outer_step = self.context.in_round  # else nothing was written yet
+            self.context.local_steps -= 1
+            raise
+        self._torn_outer_step = self._moved_late = False
+        self.forget_step()
+        return reports
+
+    def _synchronise(self) -> Sequence[OuterStepReport]:
         self.share_buffers_in_team()
         if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
             self._inner.check_averageable(self.policies.inner_state)
         if self.transparent:
-            self._public.take_over()  # follows tensors that were replaced
+            self._public.follow()
         self._inner.share_outside_changes()
         reports = self.algorithm.after_inner_step(self.local_steps)
         if not reports and self.context.due(self.local_steps):  # an algorithm that meets in its own way, or never
             self.world.share_signals(f"the end of a round after {self.local_steps} local steps")
-        return self._exchanged(reports)
+        return reports
+
+    def end_epoch(self) -> None:
+        """After an epoch's last batch."""
+        self._guard.end_batch(self._replicas.layout)
+        self._public.search()
 
     def share_buffers_in_team(self) -> None:
         """Where several processes make up a worker, its first one's buffers hold, as under DDP."""
@@ -263,8 +397,10 @@ class Engine:
         If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
         synchronised all the same.
         """
-        self._public.take_over(thorough=True)
-        if self.local_steps == self.context.round_start or self.context.at_rest():
+        self._public.search()
+        self._public.take_over()
+        complete = self.local_steps == self.context.round_start and not self._moved_late
+        if complete or self.context.at_rest():
             self.context.synchronise_buffers()
             self._public.publish(self.algorithm.publish())
             return []
@@ -282,15 +418,20 @@ class Engine:
         return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
 
     def take_over(self) -> None:
-        """Takes over what was written into the module, also where it left no trace: around epochs and validations."""
-        self._public.take_over(thorough=True)
+        """Takes over what was written into the module, also where it left no trace."""
+        self._public.search()
+        self._public.take_over()
+
+    def expect_outside_changes(self) -> None:
+        """The next look at the module finds what was written into it without a trace, too."""
+        self._public.search()
 
     def finish(self) -> None:
         """Training is over: from here on the module holds θ, and what is written into it stays its own."""
         was_transparent, complete = self.transparent, self.local_steps == self.context.round_start
         self._public.set_transparent(False)
         if was_transparent and complete:
-            self._public.take_over(thorough=True)  # the only worker is θ, with what hooks wrote after the last round
+            self.take_over()  # the only worker is θ, with what hooks wrote after the last round
         else:
             self._public.publish(self.algorithm.publish())
         self.finished = True
@@ -324,10 +465,11 @@ class Engine:
         Args:
             which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
         """
-        if self.current_worker is None and not self._looking and not self.finished:
-            self._public.take_over()
         with torch.no_grad():
             scratch = self._copy_of(which)
+            if self.current_worker is None and not self._looking and not self.finished:
+                pending = self._public.pending(scratch)
+                scratch.copy_from(pending.tensors, pending.buffers)
         gradients = [(p, p.grad) for p in self._replicas.layout.everything]
         self._looking += 1
         try:
@@ -353,15 +495,16 @@ class Engine:
         self._outside_random = process_state()
         try:
             with stream.active() if self.num_workers > 1 else nullcontext(), self.weights(self.policies.eval_weights):
-                shown = self._replicas.layout.read().buffers
+                state = self._replicas.layout.read()
+                self._public.evaluated(state)
+                shown = state.buffers
                 before = copy_buffers(shown)
                 with self._inner.sandbox(self.context.comm):
                     yield
                 after = [dict(own) for own in shown]
         finally:
             self._outside_random = None
-        self._public.take_over_buffers(before, after)
-        self._public.take_over(thorough=True)
+        self._public.write_buffers(before, after)
 
     def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
@@ -444,3 +587,7 @@ class Engine:
             "module": own,
             "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + own,
         }
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for the hook of an engine that is gone."""

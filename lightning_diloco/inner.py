@@ -48,6 +48,7 @@ class InnerOptimizers:
         initial: Sequence[OptimizerState] | None = None,
     ) -> None:
         self.live = flatten_optimizers(optimizers)
+        self._schedulers = list(schedulers)
         self._controls: list[Groups | Schedule] = [*map(Groups, self.live), *map(Schedule, schedulers)]
         self._scaler_owner = scaler_owner
         self._streams = streams
@@ -68,6 +69,41 @@ class InnerOptimizers:
         for i, (w, stream) in enumerate(self._streams.items()):
             self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
         self._public = [c.read() for c in self._controls]
+
+    def knows(self, optimizer: Any) -> bool:
+        """Whether the training loop steps ``optimizer``."""
+        return any(optimizer is known for known in self.live)
+
+    def are_others(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> bool:
+        """Whether these are not the live optimizers, or not the schedulers that workers step."""
+        return _differ(flatten_optimizers(optimizers), self.live) or _differ(schedulers, self._schedulers)
+
+    def replace(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
+        """From now on these are live: workers keep what they have of those that stay, and start the new ones afresh."""
+        self.share_outside_changes()
+        old, holders = self.live, [*self.live, *self._schedulers]
+        initial = self.initial
+        self.live, self._schedulers = flatten_optimizers(optimizers), list(schedulers)
+        self._controls = [*map(Groups, self.live), *map(Schedule, schedulers)]
+        self.initial = [
+            copy_state(o.state) if (kept := _position(old, o)) is None else initial[kept] for o in self.live
+        ]
+        for worker in self.workers.values():
+            states, control = worker.states, worker.control
+            worker.states = [
+                states[kept]
+                if (kept := _position(old, o)) is not None
+                else o.state
+                if worker is self.first
+                else copy_state(o.state)
+                for o in self.live
+            ]
+            worker.control = [
+                c.read() if (kept := _position(holders, h)) is None else control[kept]
+                for h, c in zip([*self.live, *schedulers], self._controls, strict=True)
+            ]
+            worker.follow(self.live, self._controls)
+        self.rest()
 
     def rest(self) -> None:
         """Between turns the optimizers and the scaler are the first worker's."""
@@ -218,6 +254,14 @@ def _averageable(optimizers: Sequence[Any], states: Sequence[OptimizerState], le
                 if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):
                     found[f"{o}/{position}/{key}"] = value
     return found
+
+
+def _position(objects: Sequence[Any], wanted: Any) -> int | None:
+    return next((i for i, o in enumerate(objects) if o is wanted), None)
+
+
+def _differ(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) != len(b) or any(x is not y for x, y in zip(a, b, strict=True))
 
 
 def _has_modes(optimizer: Any) -> bool:

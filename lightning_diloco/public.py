@@ -1,18 +1,20 @@
 """The module between turns: what everybody but the workers sees of it, and what they write into it.
 
 Owns the module's own tensors. Between turns they hold θ, so that callbacks, loggers and checkpoints meet an ordinary
-module; what others write there is found by value and becomes θ's and every replica's. Does not own θ (``outer.py``) nor
-the replicas' storage (``replicas.py``). Imports nothing of Lightning.
+module; what others write there is found by value and becomes θ's and every replica's when the next step begins. Until
+then it is pending: files and evaluations show it, and a callback that writes the old values back has changed nothing
+(averaged weights are swapped in and out that way). Does not own θ (``outer.py``) nor the replicas' storage
+(``replicas.py``). Imports nothing of Lightning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_diloco.bits import same_bits
+from lightning_diloco.bits import digest, same_bits
 from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import Layout, Replicas, put_buffer
+from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, put_buffer
 
 Buffers = list[dict[str, Tensor | None]]
 
@@ -34,6 +36,8 @@ class PublicModel:
         self._outer = outer
         self.transparent = False
         self._published: dict[str, Tensor] = {}  # where an algorithm published something else than θ
+        self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of what the last validation saw
+        self._search = False  # whether the next look compares tensors that show no trace of writing, too
         self._remember()
 
     @property
@@ -63,45 +67,103 @@ class PublicModel:
             self.transparent = transparent
             self._remember()
 
-    @torch.no_grad()
-    def take_over(self, thorough: bool = False) -> None:
-        """Takes over what was written into the module between turns, tensor by tensor.
+    def search(self) -> None:
+        """The next look compares all values: ``.data.copy_`` leaves no trace of writing."""
+        self._search = True
 
-        A version counter or a pointer that moved only triggers the comparison; what counts are values, so that swapping
-        weights out and in again changes nothing.
-
-        Args:
-            thorough: compare tensors without a trace of writing too (``.data.copy_`` leaves none).
-        """
+    def follow(self) -> None:
+        """Follows tensors of the module that were replaced, and parameters that came, went or were (un)frozen."""
         if self.layout.changed():
             self._follow_structure()
-        own = self._replicas.own = self.layout.read()
+        self._replicas.own = self.layout.read()
         if self.transparent:
-            self._replicas.states[self._replicas.workers[0]] = own
+            self._replicas.states[self._replicas.workers[0]] = self._replicas.own
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Takes over what was written into the module between turns, tensor by tensor."""
+        self.follow()
+        if self.transparent:
             return
-        for name, trace in self._parameter_traces().items():
-            written, theta = own.tensors[name], self._outer.tensors[name]
-            suspect = thorough or self._traces.get(name) != trace
-            if suspect and not same_bits(written, self._published.get(name, theta)):
-                self._published.pop(name, None)
-                for tensors in (self._outer.tensors, *map(self._replicas.tensors, self._replicas.workers)):
-                    tensors[name].copy_(written)
-        if thorough or self._buffer_traces() != self._traced_buffers:
-            self.take_over_buffers(self._outer.state.buffers, own.buffers)
+        for name, written in self.written().items():
+            self._published.pop(name, None)
+            for tensors in (self._outer.tensors, *map(self._replicas.tensors, self._replicas.workers)):
+                tensors[name].copy_(written)
+        if self._search or self._buffer_traces() != self._traced_buffers:
+            everybody = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
+            self._copy_changes(self._outer.state.buffers, self._replicas.own.buffers, everybody)
+        self._search = False
         self._remember()
 
     @torch.no_grad()
-    def take_over_buffers(self, before: Buffers, after: Buffers) -> None:
-        """Buffers of ``after`` that differ from ``before`` become everybody's: θ's, the replicas', the module's."""
-        everybody = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
+    def written(self) -> dict[str, Tensor]:
+        """Parameters that others wrote into since the last turn; call :meth:`follow` before.
+
+        A version counter or a pointer that moved only triggers the comparison; what counts are values. The weights that
+        the last validation saw are no news: whoever stored them there, and writes them back later, restores the module.
+        """
+        found = {}
+        for name, trace in self._parameter_traces().items():
+            written, theta = self._replicas.own.tensors[name], self._outer.tensors[name]
+            before = self._published.get(name, theta)
+            if (self._search or self._traces.get(name) != trace) and not same_bits(written, before):
+                if self._was_evaluated(name, written):
+                    written.copy_(before)
+                else:
+                    found[name] = written
+        return found
+
+    def pending(self, state: ModelState) -> ModelState:
+        """``state`` with what others wrote into the module since the last turn: references, for a look or a file."""
+        self.follow()
+        if self.transparent:
+            return state
+        theta, own = self._outer.state.buffers, self._replicas.own.buffers
+        buffers = [dict(mine) for mine in state.buffers]
+        if self._search or self._buffer_traces() != self._traced_buffers:
+            for position, name, value in self._changed_buffers(theta, own):
+                buffers[position][name] = value
+            for mine, old, new in zip(buffers, theta, own, strict=True):
+                for name in old.keys() - new.keys():
+                    mine.pop(name, None)
+        return ModelState({**state.tensors, **self.written()}, buffers)
+
+    @torch.no_grad()
+    def evaluated(self, shown: ModelState) -> None:
+        """Notes the weights that a validation is about to see."""
+        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items()}
+        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers())
+
+    def _was_evaluated(self, key: str | BufferKey, value: Tensor) -> bool:
+        return key in self._evaluated and digest(value, None) == self._evaluated[key]
+
+    @torch.no_grad()
+    def write_buffers(self, before: Buffers, after: Buffers) -> None:
+        """Writes buffers that a validation changed into the module, as if a callback had done so after it."""
+        self._copy_changes(before, after, [self._replicas.own])
+        self.search()
+
+    def _copy_changes(self, before: Buffers, after: Buffers, targets: Sequence[ModelState]) -> None:
+        """Buffers of ``after`` that differ from ``before`` become the targets'."""
         for position, (old, new) in enumerate(zip(before, after, strict=True)):
             for name in old.keys() - new.keys():
-                for state in everybody:
+                for state in targets:
                     state.buffers[position].pop(name, None)
+        for position, name, value in list(self._changed_buffers(before, after)):
+            for state in targets:
+                put_buffer(state.buffers[position], name, value)
+
+    def _changed_buffers(self, before: Buffers, after: Buffers) -> Iterator[tuple[int, str, Tensor | None]]:
+        """New and changed entries of ``after``; values that the last validation saw are put back to ``before``'s."""
+        for position, (old, new) in enumerate(zip(before, after, strict=True)):
             for name, value in list(new.items()):
-                if name not in old or not _same(old[name], value):
-                    for state in everybody:
-                        put_buffer(state.buffers[position], name, value)
+                if name in old and _same(old[name], value):
+                    continue
+                known = old.get(name)
+                if known is not None and value is not None and self._was_evaluated((position, name), value):
+                    put_buffer(new, name, known)
+                else:
+                    yield position, name, value
 
     def _follow_structure(self) -> None:
         """Parameters or submodules came, went, were reshaped or (un)frozen: the replicas and θ follow."""

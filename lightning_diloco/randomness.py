@@ -53,6 +53,15 @@ class RandomStream:
         self.cpu_state = torch.Generator().manual_seed(seed).get_state()
         self.cuda_state = torch.Generator(self._cuda).manual_seed(seed).get_state() if self._cuda is not None else None
 
+    @property
+    def state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where the stream is; its tensors are replaced, never written to."""
+        return self.cpu_state, self.cuda_state
+
+    @state.setter
+    def state(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        self.cpu_state, self.cuda_state = state
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Torch draws from this stream inside the block; afterwards the outer stream continues untouched."""

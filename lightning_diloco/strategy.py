@@ -398,7 +398,7 @@ class DilocoStrategy(TeamStrategy):
             policies=self._policies,
             seed=self._seed,
             scaler_owner=None if scaler is None else self.precision_plugin,  # type: ignore[arg-type]
-            schedulers=() if module.automatic_optimization else [c.scheduler for c in self.lr_scheduler_configs],
+            schedulers=self._stepped_schedulers,
             initial=self._initial_state,
             world=self.world,
             ordered=self._ordered,
@@ -425,8 +425,20 @@ class DilocoStrategy(TeamStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._engine is not None:
-            self._engine.note_step()
+            self._engine.note_step(optimizer)
         return output
+
+    def follow_optimizers(self) -> None:
+        """Tells the engine where ``setup_optimizers`` or ``trainer.optimizers = …`` has replaced the optimizers."""
+        if self._engine is not None and not self._engine.finished:
+            self._engine.use_optimizers(self.optimizers, self._stepped_schedulers)
+
+    @property
+    def _stepped_schedulers(self) -> Sequence[Any]:
+        """Those that workers step themselves, under manual optimization."""
+        assert self.lightning_module is not None
+        automatic = self.lightning_module.automatic_optimization
+        return () if automatic else [c.scheduler for c in self.lr_scheduler_configs]
 
     def deliver(self, reports: Sequence[OuterStepReport], after_training: bool = False) -> None:
         """Hands reports to the callbacks."""
@@ -443,6 +455,7 @@ class DilocoStrategy(TeamStrategy):
     def evaluation(self) -> Iterator[None]:
         """The window of a validation run; before training has started (the sanity check) nothing is to be swapped."""
         training = self._engine is not None and not self._engine.finished  # a finished one is a trial's
+        self.follow_optimizers()
         with self.engine.evaluation() if training else nullcontext():
             yield
 
@@ -474,6 +487,7 @@ class DilocoStrategy(TeamStrategy):
                 stacklevel=2,
             )
             return
+        self.follow_optimizers()
         state = self._engine.pack(self._seed) if complete and self._engine and not self._is_plain_run else None
         if state is not None and self.is_global_zero:
             dealt = self._num_workers > 1 or self._partition is not None
@@ -489,6 +503,7 @@ class DilocoStrategy(TeamStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The first worker's, an ordinary state that resumes anywhere; also during validation."""
+        self.follow_optimizers()
         with nullcontext() if self._engine is None else self._engine.first_workers_state():
             return super().optimizer_state(optimizer)
 

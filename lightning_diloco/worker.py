@@ -154,6 +154,10 @@ class Worker:
                         self.gradients[p] = p.grad
                     p.grad = None
 
+    def follow(self, optimizers: Sequence[Any], controls: Sequence["Groups | Schedule"]) -> None:
+        """Other optimizers are live from now on; ``states`` and ``control`` are theirs already."""
+        self._optimizers, self._controls = optimizers, controls
+
     def show(self) -> None:
         """Points the live optimizers and the scaler's owner to this worker's state."""
         for optimizer, state in zip(self._optimizers, self.states, strict=True):

@@ -9,7 +9,7 @@ strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ class DilocoFitLoop(_FitLoop):
         assert self._combined_loader is not None
         for loader in self._combined_loader.flattened:
             set_epoch(loader, progress.current.processed)
-        self._strategy.engine.take_over()
+        self._strategy.engine.expect_outside_changes()
 
     @override
     def on_advance_end(self) -> None:
@@ -111,7 +111,7 @@ class DilocoFitLoop(_FitLoop):
         super().on_advance_end()
         if values:
             _log(self.trainer, values, self.epoch_loop._batches_that_stepped - 1)
-        self._strategy.engine.take_over()
+        self._strategy.engine.end_epoch()
 
     @override
     def on_run_end(self) -> None:
@@ -128,8 +128,10 @@ class DilocoEpochLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if self._resumes_after_validation(data_fetcher):
             return
-        trainer, engine = self.trainer, _strategy_of(self.trainer).engine
+        trainer, strategy = self.trainer, _strategy_of(self.trainer)
+        engine, module = strategy.engine, trainer.lightning_module
         connector = trainer._logger_connector
+        strategy.follow_optimizers()
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
@@ -141,11 +143,19 @@ class DilocoEpochLoop(_TrainingEpochLoop):
 
         outputs: dict[int, Outputs] = {}
         end_of_epoch = False
+        end_hook_is_due, steps_before = True, engine.local_steps
+
+        def end_hook() -> None:
+            self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+
         if all(b is None for b in batches.values()):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         else:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            responses = self._module_hook("on_train_batch_start", batches, lambda w: (batches[w], batch_idx))
+            left = {
+                w: b for w, b in batches.items() if w not in engine.torn_step
+            }  # all, but in a step torn by an error
+            responses = self._module_hook("on_train_batch_start", left, lambda w: (batches[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
             if end_of_epoch:
@@ -153,12 +163,15 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             else:
                 self.batch_progress.increment_started()
                 with trainer.profiler.profile("run_training_batch"):
-                    outputs = self._run_workers(batches, batch_idx)
-                if not self.automatic_optimization._skip_backward:  # SWA's pass for BatchNorm statistics trains nothing
-                    with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
-                        if not trainer.lightning_module.automatic_optimization:
-                            engine.share_buffers_in_team()  # as DDP does before every forward
-                        _strategy_of(trainer).deliver(engine.end_step())
+                    outputs = self._run_workers(left, batch_idx)
+                if not module.automatic_optimization and engine.num_workers > 1:
+                    end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
+                    end_hook_is_due = False
+                if self.automatic_optimization._skip_backward:
+                    engine.forget_step()  # SWA's pass for BatchNorm statistics trains nothing
+                else:
+                    self._end_step()
+        counted = engine.local_steps > steps_before
         self.batch_progress.increment_processed()
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
@@ -168,7 +181,11 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             raise StopIteration
 
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
-        self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+        if end_hook_is_due:
+            with engine.counted_batch(counted):
+                end_hook()
+            if engine.stepped:
+                self._end_step()
         _obey_signals(trainer)
         connector.on_batch_end()
         self.batch_progress.increment_completed()
@@ -176,6 +193,14 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         accumulating = self._should_accumulate() and trainer.lightning_module.automatic_optimization
         if not accumulating and (connector.should_update_logs or trainer.fast_dev_run):
             _log(trainer, _worker_values(self._results, on_step=True), self._batches_that_stepped)
+
+    def _end_step(self) -> None:
+        """Counts the local step, if an optimizer stepped, and synchronises if it is due."""
+        trainer, strategy = self.trainer, _strategy_of(self.trainer)
+        with trainer.profiler.profile(f"[Strategy]{type(strategy).__name__}.outer_step"):
+            if not trainer.lightning_module.automatic_optimization:
+                strategy.engine.share_buffers_in_team()  # as DDP does before every forward
+            strategy.deliver(strategy.engine.end_step())
 
     @override
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -230,46 +255,40 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             if batch is not None and w in active
         }
         stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
-        if engine.algorithm.needs_gradients and automatic and stepping:
-            outputs = self._run_after_all_backwards(turns, batch_idx)
-        else:
-            outputs = {}
-            for w in self._each_worker(turns):
-                with self._turn(w, batches[w]):
-                    if automatic:
-                        optimizer = self.trainer.optimizers[0]
-                        outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
-                    else:
-                        outputs[w] = self.manual_optimization.run(turns[w])
+        counters = _Counters(self.automatic_optimization, self.manual_optimization)
+        with counters.kept(lambda: set(turns) <= set(engine.torn_step)):
+            if engine.algorithm.needs_gradients and automatic and stepping:
+                outputs = self._run_after_all_backwards(turns, batch_idx, counters)
+            else:
+                outputs = {}
+                for w in counters.each(turns):
+                    with self._turn(w, batches[w]):
+                        if automatic:
+                            optimizer = self.trainer.optimizers[0]
+                            outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
+                        else:
+                            outputs[w] = self.manual_optimization.run(turns[w])
         self._results_fold()
         return outputs
 
-    def _run_after_all_backwards(self, turns: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
+    def _run_after_all_backwards(
+        self, turns: Mapping[int, Any], batch_idx: int, counters: "_Counters"
+    ) -> dict[int, Outputs]:
         """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
         strategy, loop = _strategy_of(self.trainer), self.automatic_optimization
         engine = strategy.engine
         closures: dict[int, _Finished] = {}
-        for w in self._each_worker(turns):
+        for w in counters.each(turns):
             with self._turn(w, turns[w].get("batch"), keep_gradients=True):
                 closure = loop._make_closure(turns[w], self.trainer.optimizers[0], batch_idx)
                 with strategy.gradients_in_team():
                     closures[w] = _Finished(closure())
                 closures[w].output = closure.consume_result().asdict()
         engine.before_inner_steps()
-        for w in self._each_worker(turns):
+        for w in counters.each(turns):
             with self._turn(w, turns[w].get("batch")), strategy.gradients_are_means():
                 loop._optimizer_step(batch_idx, closures[w])
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
-
-    def _each_worker(self, turns: Mapping[int, Any]) -> Iterator[int]:
-        """The workers in order, each of which finds the progress counters as the first one did."""
-        counters = _trackers(self.automatic_optimization, self.manual_optimization)
-        start = [dict(vars(c)) for c in counters]
-        for i, w in enumerate(turns):
-            if i:
-                for counter, values in zip(counters, start, strict=True):
-                    vars(counter).update(values)
-            yield w
 
     def _module_hook(
         self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]
@@ -297,6 +316,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         try:
             with results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
                 yield
+                strategy.follow_optimizers()  # which is refused here
         finally:
             connector._first_loop_iter = first_iteration
 
@@ -320,6 +340,52 @@ class DilocoValidationLoop(_EvaluationLoop):
         _obey_signals(self.trainer)
 
 
+class _Counters:
+    """Lightning's progress counters in one step, which move once although every worker steps.
+
+    Args:
+        automatic: the loop that counts under automatic optimization.
+        manual: the one under manual optimization.
+    """
+
+    def __init__(self, automatic: _AutomaticOptimization, manual: _ManualOptimization) -> None:
+        progress = automatic.optim_progress.optimizer
+        pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
+        self._trackers: list[Any] = [tracker for pair in pairs for tracker in (pair.total, pair.current)]
+        self._before = self._read()
+        self._after: list[dict[str, int]] | None = None
+
+    def each(self, turns: Iterable[int]) -> Iterator[int]:
+        """The workers in order, each of which finds the counters as the first one did."""
+        for i, w in enumerate(turns):
+            if i:
+                self._after = self._after or self._read()
+                self._write(self._before)
+            yield w
+
+    @contextmanager
+    def kept(self, all_stepped: Callable[[], bool]) -> Iterator[None]:
+        """An error inside leaves the counters as before the step, or after it if all workers have stepped.
+
+        A run that resumes from a file saved then finishes the step, and counts it once.
+        """
+        try:
+            yield
+        except BaseException:
+            if not all_stepped():
+                self._write(self._before)
+            elif self._after is not None:
+                self._write(self._after)
+            raise
+
+    def _read(self) -> list[dict[str, int]]:
+        return [dict(vars(tracker)) for tracker in self._trackers]
+
+    def _write(self, values: Sequence[Mapping[str, int]]) -> None:
+        for tracker, saved in zip(self._trackers, values, strict=True):
+            vars(tracker).update(saved)
+
+
 class _Finished:
     """A closure whose forward and backward are done: calling it returns the loss."""
 
@@ -339,12 +405,6 @@ def _strategy_of(trainer: Trainer) -> "DilocoStrategy":
 
     assert isinstance(trainer.strategy, DilocoStrategy)
     return trainer.strategy
-
-
-def _trackers(automatic: _AutomaticOptimization, manual: _ManualOptimization) -> list[Any]:
-    progress = automatic.optim_progress.optimizer
-    pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
-    return [tracker for pair in pairs for tracker in (pair.total, pair.current)]
 
 
 def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:

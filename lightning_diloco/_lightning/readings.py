@@ -22,7 +22,7 @@ def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
     fit = loops["fit_loop"]
     states = fit["state_dict"].pop("combined_loader", [])
     epoch, batches = fit["epoch_progress"]["current"]["processed"], fit["epoch_loop.batch_progress"]
-    consumed = batches["current"]["ready"]
+    consumed = batches["current"]["processed"]  # a batch that was interrupted is read again
     if batches["is_last_batch"] and batches["current"]["completed"] < batches["current"]["processed"]:
         epoch, consumed = epoch + 1, 0  # saved in the last on_train_batch_end: Lightning resumes with the next epoch
     return {
