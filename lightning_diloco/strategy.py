@@ -4,7 +4,6 @@ Owns the constructor, Lightning's Strategy hooks, and the life of an :class:`~li
 fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engine.py``).
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,12 +26,19 @@ from typing_extensions import override
 from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import installation, readings
 from lightning_diloco._lightning.data import deal
-from lightning_diloco._lightning.io import atomic_by_default
+from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.process import StartMethod
 from lightning_diloco._lightning.samplers import Dealing
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
-from lightning_diloco.arguments import check_bool, check_choice, check_count, check_processes, outer_factory
+from lightning_diloco.arguments import (
+    check_bool,
+    check_choice,
+    check_count,
+    check_processes,
+    configured,
+    outer_factory,
+)
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
@@ -162,6 +168,7 @@ class DilocoStrategy(TeamStrategy):
         )
         self._algorithm = algorithm or Diloco()
         self._outer_factory = outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
+        self._configured = configured(self._algorithm, self._outer_factory)
         has_outer = self._algorithm.outer_defaults is not None
         self._is_plain_run = num_nodes == 1 and has_outer and is_plain_average(trial_optimizer(self._outer_factory))
         self._callback = DilocoCallback()
@@ -298,9 +305,7 @@ class DilocoStrategy(TeamStrategy):
         return {
             "num_nodes": self._num_workers,
             "diloco_interval": self._interval,
-            "algorithm": type(self._algorithm).__qualname__,
-            "outer_optimizer_cls": type(trial_optimizer(self._outer_factory)).__qualname__,
-            "outer_optimizer_kwargs": _without_addresses(repr(trial_optimizer(self._outer_factory).defaults)),
+            **self._configured,
             "final_sync": self._final_sync,
             "reduction": self._reduction,
             **vars(self._policies),
@@ -451,16 +456,6 @@ class DilocoStrategy(TeamStrategy):
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        self._checkpoint_io = atomic_by_default(self._checkpoint_io)
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         complete = "optimizer_states" in checkpoint  # else a weights-only file
@@ -476,12 +471,10 @@ class DilocoStrategy(TeamStrategy):
             dealt = self._num_workers > 1 or self._partition is not None
             assert self.lightning_module is not None
             trainer = self.lightning_module.trainer
-            state["loader"] = (
-                readings.detach_loader_state(checkpoint["loops"], readings.cycles_loaders(trainer)) if dealt else None
-            )
-            checkpoint_format.drop_repeated(state, checkpoint["state_dict"])
-            checkpoint["diloco"] = state
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+            cycles = readings.cycles_loaders(trainer)
+            loader = readings.detach_loader_state(checkpoint["loops"], cycles) if dealt else None
+            checkpoint["diloco"] = checkpoint_format.complete(state, self._configured, loader, checkpoint["state_dict"])
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -493,18 +486,18 @@ class DilocoStrategy(TeamStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # torch raises nearly anything on a damaged file
+            if not is_truncated(self.checkpoint_io, checkpoint_path):
+                raise
             raise ValueError(
                 f"The checkpoint {checkpoint_path} can't be read: it is truncated, or no checkpoint ({error})."
                 " Resume from another file."
             ) from error
-        assert self.lightning_module is not None
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        state = checkpoint.get("diloco")
-        if fitting and state is not None:
-            checkpoint_format.check(state, self._num_workers, f"The checkpoint {checkpoint_path}")
+        trainer = self._trainer_here
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "diloco" in checkpoint:
+            source = f"The checkpoint {checkpoint_path}"
+            checkpoint_format.check(checkpoint, self._num_workers, self._configured, source)
+            state = checkpoint["diloco"]
             checkpoint_format.restore_repeated(state, checkpoint["state_dict"])
             if state["loader"] is not None:
                 readings.attach_loader_state(checkpoint["loops"], state["loader"])
@@ -566,8 +559,3 @@ class DilocoStrategy(TeamStrategy):
         dealt = deal(dataloader, self._dealing)
         self._dealing = replace(self._dealing, loader=self._dealing.loader + 1)
         return dealt
-
-
-def _without_addresses(text: str) -> str:
-    """A ``repr`` without what differs from process to process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
