@@ -136,6 +136,8 @@ class DilocoStrategy(TeamStrategy):
         timeout: timedelta | None = None,
         start_method: StartMethod | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        before = set(vars(self))  # a subclass may have begun
         check_count("num_nodes", num_nodes, "simulated workers")
         check_count("diloco_interval", diloco_interval, "local steps between outer steps")
         check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
@@ -184,6 +186,8 @@ class DilocoStrategy(TeamStrategy):
         self._initial_state: Sequence[Any] | None = None
         self._dealing: Dealing | None = None
         self.project_keeps_gradients = False
+        self._arguments = arguments
+        self._names = set(vars(self)) - before
 
     # ---------------------------------------------------------------------------------------- what users read
 
@@ -276,13 +280,32 @@ class DilocoStrategy(TeamStrategy):
             )
         return worker
 
+    # ---------------------------------------------------------------------------------------- copies
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings only: a copy is a fresh strategy, and can be made at any time."""
+        if self._is_being_spawned:
+            return dict(super().__getstate__())
+        further = {k: v for k, v in vars(self).items() if k not in self._names and k != "_names"}
+        subclass = {k: v for k, v in further.items() if not hasattr(DilocoStrategy, k)}
+        return {"arguments": self._arguments, "subclass": subclass}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "arguments" not in state:
+            super().__setstate__(state)
+            return
+        DilocoStrategy.__init__(self, **state["arguments"])
+        vars(self).update(state["subclass"])
+
     # ---------------------------------------------------------------------------------------- life of a fit
 
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        trainer = model.trainer
-        if trainer.state.fn != TrainerFn.FITTING:
+        trainer = self._trainer_here
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._engine = None
         self._trial = True
@@ -293,9 +316,8 @@ class DilocoStrategy(TeamStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        if trainer.state.fn == TrainerFn.FITTING:
+        trainer = self._trainer_here
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._seed = self.world.first_decides(run_seed)
             installation.prepare(trainer, self.world, per_worker=any(c.per_worker for c in self._reporters))
 
@@ -347,7 +369,7 @@ class DilocoStrategy(TeamStrategy):
             self.project_keeps_gradients = (
                 not module.automatic_optimization
                 or any(is_overridden(hook, module) for hook in looking)
-                or any(is_overridden("on_before_zero_grad", callback) for callback in self._callbacks)
+                or any(is_overridden("on_before_zero_grad", callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             )
             if self._algorithm.needs_gradients:
                 self._check_needs_gradients(module)
@@ -466,12 +488,14 @@ class DilocoStrategy(TeamStrategy):
                 stacklevel=2,
             )
             return
-        state = self._engine.pack(self._seed) if complete and self._engine and not self._is_plain_run else None
+        engine = self._engine
+        if engine is not None and engine.module is not self.lightning_module:
+            engine = None  # of a fit of another module
+        state = engine.pack(self._seed) if complete and engine and not self._is_plain_run else None
         if state is not None and self.is_global_zero:
             dealt = self._num_workers > 1 or self._partition is not None
-            assert self.lightning_module is not None
-            trainer = self.lightning_module.trainer
-            cycles = readings.cycles_loaders(trainer)
+            trainer = self._trainer_here
+            cycles = trainer is not None and readings.cycles_loaders(trainer)
             loader = readings.detach_loader_state(checkpoint["loops"], cycles) if dealt else None
             checkpoint["diloco"] = checkpoint_format.complete(state, self._configured, loader, checkpoint["state_dict"])
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)

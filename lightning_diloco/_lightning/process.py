@@ -14,6 +14,7 @@ import atexit
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -232,6 +233,13 @@ class ProcessStrategy(SingleDeviceStrategy):
         trainer = self._trainer_here
         if trainer is None:  # the Trainer's connectors are used without a run
             return
+        if self._trainers_accelerator is None:  # a copy, in a copy of a Trainer, whose constructor has not run
+            trainer._accelerator_connector._lazy_init_strategy()
+            if self.is_distributed:
+                raise MisconfigurationException(
+                    f"This Trainer is a copy (from `pickle` or `copy`) of one with {self.world_size} processes, and"
+                    " copies don't start processes. Make a new Trainer with the same arguments."
+                )
         if not self._checkpoint_io_is_new:  # nobody has set one by hand
             self._trainers_checkpoint_io = trainer._accelerator_connector.checkpoint_io
         for name, (_, ours) in _CONNECTORS.items():
@@ -381,6 +389,11 @@ class ProcessStrategy(SingleDeviceStrategy):
         """The Trainer that runs in this process: none in one that only starts others ("spawn", "fork")."""
         module = self.lightning_module
         return None if module is None else module._trainer
+
+    @property
+    def _is_being_spawned(self) -> bool:
+        """Whether a launcher pickles this strategy for the processes that it starts, which need all of it."""
+        return self._only_starts_others and get_spawning_popen() is not None
 
     @property
     def _only_starts_others(self) -> bool:
