@@ -427,7 +427,9 @@ def test_another_algorithm_or_outer_optimizer_is_refused_by_name(wrote: Any, res
         trainer(strategy).fit(module, loader(), ckpt_path="7.ckpt")
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert_same(copy_of(module.state_dict()), before)
-    trainer(strategy).test(Evaluated(), loader(), ckpt_path="7.ckpt", verbose=False)  # looks at the weights only
+    trainer(strategy).test(
+        Evaluated(), loader(shuffle=False), ckpt_path="7.ckpt", verbose=False
+    )  # looks at the weights only
 
 
 class Evaluated(Project):
