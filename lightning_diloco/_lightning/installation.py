@@ -18,7 +18,6 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -63,7 +62,6 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_ResultCollection, "metrics"): ("self", "on_step"),
     (_ResultCollection, "valid_items"): ("self",),
     (_ResultCollection, "reset"): ("self", "metrics", "fx"),
-    (_AcceleratorConnector, "_lazy_init_strategy"): ("self",),
     (_DataConnector, "_requires_distributed_sampler"): ("self", "dataloader"),
     (_DataConnector, "_resolve_sampler"): ("self", "dataloader", "shuffle", "mode"),
     (_SignalConnector, "_sigterm_notifier_fn"): ("self", "signum", "_"),
