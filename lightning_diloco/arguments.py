@@ -1,11 +1,14 @@
-"""Checks of the strategy's arguments: what was given, the rule, the fix.
+"""The strategy's arguments: checks (what was given, the rule, the fix), and plain values to compare and save.
 
-Owns messages only. Imports nothing of Lightning.
+Owns no argument. Imports nothing of Lightning.
 """
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -56,6 +59,70 @@ def outer_factory(
             f" (={kwargs!r}) fails with: {error}"
         ) from error
     return factory
+
+
+def configured(algorithm: SyncAlgorithm, factory: OuterFactory) -> dict[str, Any]:
+    """What a run must be resumed with, as plain values: the algorithm and the outer optimizer, with their arguments.
+
+    The outer optimizer's arguments include its defaults, so that naming a default makes no difference.
+    """
+    optimizer = trial_optimizer(factory)
+    first, *further = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    given = factory.keywords if isinstance(factory, partial) else {}
+    arguments = {**given, **optimizer.defaults, **first}
+    arguments |= {f"{k} of group {i}": v for i, group in enumerate(further, start=1) for k, v in group.items()}
+    return {
+        "algorithm": class_name(type(algorithm)),
+        "arguments of the algorithm": plain_value(_arguments_of(algorithm)),
+        "outer_optimizer_cls": class_name(type(optimizer)),
+        "outer_optimizer_kwargs": plain_value(arguments),
+    }
+
+
+def _arguments_of(algorithm: SyncAlgorithm) -> dict[str, Any]:
+    """The attributes named like the constructor's parameters; where one has none, all attributes."""
+    attributes = {k: v for k, v in vars(algorithm).items() if k != "ctx"}
+    parameters = inspect.signature(type(algorithm).__init__).parameters.values()
+    names = [p.name for p in list(parameters)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    found = {n: key for n in names for key in (n, f"_{n}") if key in attributes}
+    return {n: attributes[key] for n, key in found.items()} if len(found) == len(names) else attributes
+
+
+def plain_value(value: Any, depth: int = 5) -> Any:
+    """``value`` as numbers, strings, lists and dicts, which are the same in every process and load from any file.
+
+    >>> plain_value({"lr": torch.tensor(0.5), "cls": torch.optim.SGD, "betas": (0.9, 0.95)})
+    {'lr': 0.5, 'cls': 'SGD', 'betas': [0.9, 0.95]}
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (Integral, Real)):  # numpy's, too
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return number if number == number else "nan"  # which equals itself
+    if hasattr(value, "tolist"):  # tensors and arrays
+        return plain_value(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain_value(v, depth) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain_value(v, depth) for v in value), key=repr)
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, str) else repr(k): plain_value(v, depth) for k, v in value.items()}
+    if isinstance(value, partial):
+        return plain_value([value.func, value.args, value.keywords], depth)
+    if hasattr(value, "__qualname__"):
+        return class_name(value)
+    if hasattr(value, "__dict__") and " at 0x" in repr(value) and depth:
+        return {"class": class_name(type(value)), **plain_value(vars(value), depth - 1)}
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def class_name(value: Any) -> str:
+    """A class's or function's name with its module, unless that is torch's, ours, or the script itself."""
+    known = value.__module__ is None or value.__module__.split(".")[0] in _PLAIN_MODULES
+    return str(value.__qualname__ if known else f"{value.__module__}.{value.__qualname__}")
+
+
+_PLAIN_MODULES = ("torch", "lightning_diloco", "builtins", "__main__", "__mp_main__")  # the last: a started process
 
 
 def check_count(name: str, value: Any, meaning: str) -> None:

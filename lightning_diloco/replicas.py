@@ -1,8 +1,9 @@
 """N states of one module, of which one at a time is live.
 
-Owns the storage: a :class:`ModelState` keeps all parameters of one replica in one contiguous buffer per dtype, and
-making a state live swaps pointers, never values. Does not own what a worker has beside its weights (``worker.py``), the
-outer model (``outer.py``), nor when anything is exchanged (``algorithms/``). Imports nothing of Lightning.
+Owns the storage: every parameter of a :class:`ModelState` has a storage of its own, as a module's parameters have, so
+that ``torch.save`` of a part writes that part only; making a state live swaps pointers, never values. Does not own what
+a worker has beside its weights (``worker.py``), the outer model (``outer.py``), nor when anything is exchanged
+(``algorithms/``). Imports nothing of Lightning.
 """
 
 from collections import Counter
@@ -17,8 +18,6 @@ from torchmetrics import Metric
 
 from lightning_diloco.bits import same_bits
 
-_ALIGNMENT = 64  # bytes; what torch's own allocators give a tensor, so kernels see replicas as they see any parameter
-
 BufferKey = tuple[int, str]  # (position of the submodule in Layout.modules, name of its buffer)
 
 
@@ -29,19 +28,11 @@ class ModelState:
         tensors: parameter name → tensor of the parameter's shape, stride and dtype.
         buffers: for each submodule, in the layout's order, the dict that serves as its ``_buffers`` while the state is
             live. So buffers that a forward reassigns or registers anew land in the right state by themselves.
-        flats: (dtype, device) → the 1-D buffer that ``tensors`` are 64-byte aligned views of; gaps are zero. Empty for
-            the module's own tensors.
     """
 
-    def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        buffers: list[dict[str, Tensor | None]],
-        flats: dict[tuple[torch.dtype, torch.device], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, tensors: dict[str, Tensor], buffers: list[dict[str, Tensor | None]]) -> None:
         self.tensors = tensors
         self.buffers = buffers
-        self.flats = flats or {}
 
     def named_buffers(self) -> Iterator[tuple[BufferKey, Tensor]]:
         for position, own in enumerate(self.buffers):
@@ -60,18 +51,14 @@ class ModelState:
                 put_buffer(mine, name, buffer)
 
     def to(self, device: torch.device) -> None:
-        """Moves the values; the parameters stay views of flat buffers."""
-        flats = {(dtype, device): flat.to(device) for (dtype, _), flat in self.flats.items()}
-        for name, t in self.tensors.items():
-            self.tensors[name] = flats[t.dtype, device].as_strided(t.shape, t.stride(), t.storage_offset())
-        self.flats = flats
+        """Moves the values."""
+        self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
         for own in self.buffers:
             own.update({name: b.to(device) for name, b in own.items() if b is not None})
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes of the parameters (gaps included) and of the buffers."""
-        parameters = self.flats.values() if self.flats else self.tensors.values()
-        return sum(t.nbytes for t in parameters), sum(b.nbytes for _, b in self.named_buffers())
+        """Bytes of the parameters and of the buffers."""
+        return sum(t.nbytes for t in self.tensors.values()), sum(b.nbytes for _, b in self.named_buffers())
 
 
 class Layout:
@@ -209,23 +196,10 @@ class Layout:
         return ModelState(tensors, merged)
 
     def copy_of(self, source: ModelState) -> ModelState:
-        """A new state with the values of ``source`` in storage of its own."""
-        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-        places: dict[str, tuple[tuple[torch.dtype, torch.device], int]] = {}
-        for name in self.parameters:
-            t = source.tensors[name]
-            key = (t.dtype, t.device)
-            start = sizes.get(key, 0)
-            places[name] = (key, start)
-            unit = max(1, _ALIGNMENT // t.element_size())
-            sizes[key] = start + -(-t.numel() // unit) * unit
-        flats = {key: torch.zeros(size, dtype=key[0], device=key[1]) for key, size in sizes.items()}
-        tensors = {}
-        for name, (key, start) in places.items():
-            t = source.tensors[name]
-            stride = torch.empty_like(t, device="meta").stride()  # t's own if dense (channels_last), else contiguous
-            tensors[name] = flats[key].as_strided(t.shape, stride, start).copy_(t)
-        return ModelState(tensors, copy_buffers(source.buffers), flats)
+        """A new state with the values of ``source``, each in a storage of its own."""
+        # a clone has the strides of its original if that is dense (channels_last), else it is contiguous
+        tensors = {n: source.tensors[n].detach().clone() for n in self.parameters}
+        return ModelState(tensors, copy_buffers(source.buffers))
 
 
 class Replicas:
@@ -258,10 +232,6 @@ class Replicas:
     def tensors(self, worker: int) -> Mapping[str, Tensor]:
         """Parameter name → tensor of ``worker``; writing to it changes the replica."""
         return self.states[worker].tensors
-
-    def flat(self, worker: int) -> Mapping[tuple[torch.dtype, torch.device], Tensor]:
-        """(dtype, device) → the contiguous buffer with all of ``worker``'s parameters of that dtype."""
-        return self.states[worker].flats
 
     def slot(self, worker: int, name: str) -> dict[str, Tensor]:
         """Named per-worker tensors of an algorithm (parameter name → tensor), zero when first asked for."""

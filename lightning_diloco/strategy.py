@@ -4,7 +4,6 @@ Owns the constructor, Lightning's Strategy hooks, and the life of an :class:`~li
 fit. Does not own the training loop (``_lightning/loops.py``) nor a step (``engine.py``).
 """
 
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,12 +28,19 @@ from typing_extensions import override
 from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import installation, readings
 from lightning_diloco._lightning.data import deal
-from lightning_diloco._lightning.io import atomic_by_default
+from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.process import StartMethod
 from lightning_diloco._lightning.samplers import Dealing
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
-from lightning_diloco.arguments import check_bool, check_choice, check_count, check_processes, outer_factory
+from lightning_diloco.arguments import (
+    check_bool,
+    check_choice,
+    check_count,
+    check_processes,
+    configured,
+    outer_factory,
+)
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
@@ -132,6 +138,8 @@ class DilocoStrategy(TeamStrategy):
         timeout: timedelta | None = None,
         start_method: StartMethod | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        before = set(vars(self))  # a subclass may have begun
         check_count("num_nodes", num_nodes, "simulated workers")
         check_count("diloco_interval", diloco_interval, "local steps between outer steps")
         check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
@@ -164,6 +172,7 @@ class DilocoStrategy(TeamStrategy):
         )
         self._algorithm = algorithm or Diloco()
         self._outer_factory = outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, self._algorithm)
+        self._configured = configured(self._algorithm, self._outer_factory)
         has_outer = self._algorithm.outer_defaults is not None
         self._is_plain_run = num_nodes == 1 and has_outer and is_plain_average(trial_optimizer(self._outer_factory))
         self._callback = DilocoCallback()
@@ -179,6 +188,8 @@ class DilocoStrategy(TeamStrategy):
         self._initial_state: Sequence[Any] | None = None
         self._dealing: Dealing | None = None
         self.project_keeps_gradients = False
+        self._arguments = arguments
+        self._names = set(vars(self)) - before
         _warn_of_another_trainer()
 
     # ---------------------------------------------------------------------------------------- what users read
@@ -272,13 +283,32 @@ class DilocoStrategy(TeamStrategy):
             )
         return worker
 
+    # ---------------------------------------------------------------------------------------- copies
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings only: a copy is a fresh strategy, and can be made at any time."""
+        if self._is_being_spawned:
+            return dict(super().__getstate__())
+        further = {k: v for k, v in vars(self).items() if k not in self._names and k != "_names"}
+        subclass = {k: v for k, v in further.items() if not hasattr(DilocoStrategy, k)}
+        return {"arguments": self._arguments, "subclass": subclass}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "arguments" not in state:
+            super().__setstate__(state)
+            return
+        DilocoStrategy.__init__(self, **state["arguments"])
+        vars(self).update(state["subclass"])
+
     # ---------------------------------------------------------------------------------------- life of a fit
 
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        trainer = model.trainer
-        if trainer.state.fn != TrainerFn.FITTING:
+        trainer = self._trainer_here
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
         self._engine = None
         self._trial = True
@@ -289,9 +319,8 @@ class DilocoStrategy(TeamStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        if trainer.state.fn == TrainerFn.FITTING:
+        trainer = self._trainer_here
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._seed = self.world.first_decides(run_seed)
             installation.prepare(trainer, self.world, per_worker=any(c.per_worker for c in self._reporters))
 
@@ -301,9 +330,7 @@ class DilocoStrategy(TeamStrategy):
         return {
             "num_nodes": self._num_workers,
             "diloco_interval": self._interval,
-            "algorithm": type(self._algorithm).__qualname__,
-            "outer_optimizer_cls": type(trial_optimizer(self._outer_factory)).__qualname__,
-            "outer_optimizer_kwargs": _without_addresses(repr(trial_optimizer(self._outer_factory).defaults)),
+            **self._configured,
             "final_sync": self._final_sync,
             "reduction": self._reduction,
             **vars(self._policies),
@@ -345,7 +372,7 @@ class DilocoStrategy(TeamStrategy):
             self.project_keeps_gradients = (
                 not module.automatic_optimization
                 or any(is_overridden(hook, module) for hook in looking)
-                or any(is_overridden("on_before_zero_grad", callback) for callback in self._callbacks)
+                or any(is_overridden("on_before_zero_grad", callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
             )
             if self._algorithm.needs_gradients:
                 self._check_needs_gradients(module)
@@ -467,16 +494,6 @@ class DilocoStrategy(TeamStrategy):
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        self._checkpoint_io = atomic_by_default(self._checkpoint_io)
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         complete = "optimizer_states" in checkpoint  # else a weights-only file
@@ -488,17 +505,17 @@ class DilocoStrategy(TeamStrategy):
             )
             return
         self.follow_optimizers()
-        state = self._engine.pack(self._seed) if complete and self._engine and not self._is_plain_run else None
+        engine = self._engine
+        if engine is not None and engine.module is not self.lightning_module:
+            engine = None  # of a fit of another module
+        state = engine.pack(self._seed) if complete and engine and not self._is_plain_run else None
         if state is not None and self.is_global_zero:
             dealt = self._num_workers > 1 or self._partition is not None
-            assert self.lightning_module is not None
-            trainer = self.lightning_module.trainer
-            state["loader"] = (
-                readings.detach_loader_state(checkpoint["loops"], readings.cycles_loaders(trainer)) if dealt else None
-            )
-            checkpoint_format.drop_repeated(state, checkpoint["state_dict"])
-            checkpoint["diloco"] = state
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+            trainer = self._trainer_here
+            cycles = trainer is not None and readings.cycles_loaders(trainer)
+            loader = readings.detach_loader_state(checkpoint["loops"], cycles) if dealt else None
+            checkpoint["diloco"] = checkpoint_format.complete(state, self._configured, loader, checkpoint["state_dict"])
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -511,18 +528,18 @@ class DilocoStrategy(TeamStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         try:
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # torch raises nearly anything on a damaged file
+            if not is_truncated(self.checkpoint_io, checkpoint_path):
+                raise
             raise ValueError(
                 f"The checkpoint {checkpoint_path} can't be read: it is truncated, or no checkpoint ({error})."
                 " Resume from another file."
             ) from error
-        assert self.lightning_module is not None
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        state = checkpoint.get("diloco")
-        if fitting and state is not None:
-            checkpoint_format.check(state, self._num_workers, f"The checkpoint {checkpoint_path}")
+        trainer = self._trainer_here
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "diloco" in checkpoint:
+            source = f"The checkpoint {checkpoint_path}"
+            checkpoint_format.check(checkpoint, self._num_workers, self._configured, source)
+            state = checkpoint["diloco"]
             checkpoint_format.restore_repeated(state, checkpoint["state_dict"])
             if state["loader"] is not None:
                 readings.attach_loader_state(checkpoint["loops"], state["loader"])
@@ -584,11 +601,6 @@ class DilocoStrategy(TeamStrategy):
         dealt = deal(dataloader, self._dealing)
         self._dealing = replace(self._dealing, loader=self._dealing.loader + 1)
         return dealt
-
-
-def _without_addresses(text: str) -> str:
-    """A ``repr`` without what differs from process to process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 _warned_of_another_trainer = False  # once per process is enough for those who use `lightning` all along

@@ -1,9 +1,13 @@
 """Is an interrupted run, resumed from its file, the uninterrupted run, bit for bit?"""
 
+import copy
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
@@ -12,7 +16,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_diloco import DilocoStrategy
+from lightning_diloco import Diloco, DilocoStrategy
+from lightning_diloco import checkpoint as checkpoint_format
 
 SEED = 5
 
@@ -356,6 +361,125 @@ def test_another_seed_goes_on_with_the_files_streams_and_the_files_shards() -> N
     assert_equal(resumed, undisturbed)
 
 
+class Mixing(Diloco):
+    """An algorithm with an argument under another name, and state that changes during the run."""
+
+    def __init__(self, share: float = 0.5, codec: Any = None) -> None:
+        self._share, self.codec, self.rounds = share, codec, 0
+
+    def after_inner_step(self, tick):
+        reports = super().after_inner_step(tick)
+        self.rounds += len(reports)
+        return reports
+
+
+class Codec:
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+
+def per_kind(lr: float) -> Any:
+    def make(parameters):
+        parameters = list(parameters)
+        groups = [{"params": parameters[:1], "lr": 0.5}, {"params": parameters[1:], "lr": lr}]
+        return torch.optim.SGD([g for g in groups if g["params"]], momentum=lr / 2)
+
+    return make
+
+
+ADAM = torch.optim.Adam
+OTHERS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [  # what wrote the file, what resumes it, words
+    (
+        {},
+        {"outer_optimizer_cls": ADAM},
+        ["`outer_optimizer_cls` is SGD in the file and Adam now", "lr=0.7", "lr=0.001"],
+    ),
+    ({"outer_optimizer_cls": ADAM}, {}, ["`outer_optimizer_cls` is Adam in the file and SGD now"]),
+    (
+        {},
+        {"outer_optimizer_kwargs": {"lr": 1.0}},
+        ["`outer_optimizer_kwargs` is lr=0.7, momentum=0.9, nesterov=True", "in the file and lr=1.0, momentum=0"],
+    ),
+    ({}, {"outer_optimizer_cls": lambda p: torch.optim.SGD(p, lr=0.3)}, ["lr=0.7", "lr=0.3"]),
+    ({"outer_optimizer_cls": per_kind(0.3)}, {"outer_optimizer_cls": per_kind(0.4)}, ["momentum=0.15", "momentum=0.2"]),
+    ({}, {"algorithm": Mixing()}, ["`algorithm` is Diloco in the file and test_checkpoints.Mixing now"]),
+    (
+        {"algorithm": Mixing(0.2)},
+        {"algorithm": Mixing(0.3)},
+        ["is share=0.2, codec=None in", "share=0.3, codec=None now"],
+    ),
+    (
+        {"algorithm": Mixing(codec=Codec(4))},
+        {"algorithm": Mixing(codec=Codec(8))},
+        ["{'class': 'test_checkpoints.Codec', 'bits': 4}", "'bits': 8"],
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(("wrote", "resumes", "words"), OTHERS)
+def test_another_algorithm_or_outer_optimizer_is_refused_by_name(wrote: Any, resumes: Any, words: Any) -> None:
+    run({"strategy": wrote}, [Save("on_train_batch_end", {7})])
+    module = Project()
+    before = copy_of(module.state_dict())
+    strategy = DilocoStrategy(num_nodes=3, diloco_interval=4, **resumes)
+    with pytest.raises(ValueError, match=r"^The checkpoint 7\.ckpt was written with another algorithm or") as caught:
+        trainer(strategy).fit(module, loader(), ckpt_path="7.ckpt")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert_same(copy_of(module.state_dict()), before)
+    trainer(strategy).test(
+        Evaluated(), loader(shuffle=False), ckpt_path="7.ckpt", verbose=False
+    )  # looks at the weights only
+
+
+class Evaluated(Project):
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch))
+
+
+def test_arguments_that_mean_the_same_resume() -> None:
+    """Defaults that are named, numbers of other types, another object, and schedules that changed the live values."""
+
+    class Schedule(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.strategy.outer_optimizer.param_groups[0]["lr"] *= 0.99
+
+    algorithm = Mixing(0.25, Codec(4))
+    undisturbed, _, _ = run({"strategy": {"algorithm": Mixing(0.25, Codec(4))}}, [Schedule()])
+    run({"strategy": {"algorithm": algorithm}}, [Schedule(), Save("on_train_batch_end", {7, 9})])
+    assert algorithm.rounds > 0
+    named = {
+        "outer_optimizer_cls": torch.optim.SGD,
+        "outer_optimizer_kwargs": {"lr": np.float64(0.7), "momentum": 0.9, "nesterov": True, "weight_decay": 0},
+    }
+    partly = {"outer_optimizer_cls": partial(torch.optim.SGD, lr=0.7, nesterov=True, momentum=0.9)}
+    for same, more in ((algorithm, {}), (Mixing(np.float32(0.25), Codec(4)), named), (Mixing(0.25, Codec(4)), partly)):
+        for file in ("7.ckpt", "9.ckpt"):
+            resumed, _, _ = run({"strategy": {"algorithm": same, **more}}, [Schedule()], ckpt_path=file, seed=99)
+            assert_equal(resumed, undisturbed)
+
+
+def test_the_ways_on_that_the_error_names() -> None:
+    run({}, [Save("on_train_batch_end", {7})])
+
+    class Slower(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.strategy.outer_optimizer.param_groups[0]["lr"] = 0.1
+
+        def on_train_end(self, trainer, pl_module):
+            self.group = trainer.strategy.outer_optimizer.param_groups[0]
+
+    slower = Slower()
+    first, _, _ = run({}, [])
+    resumed, _, _ = run({}, [slower], ckpt_path="7.ckpt")
+    assert (slower.group["lr"], slower.group["momentum"]) == (0.1, 0.9)
+    assert not all(torch.equal(resumed["module"][k], v) for k, v in first["module"].items())
+    module = Project.load_from_checkpoint("7.ckpt")
+    strategy = DilocoStrategy(num_nodes=2, diloco_interval=4, outer_optimizer_cls=torch.optim.Adam)
+    trainer(strategy, max_steps=5).fit(module, loader())
+    assert type(strategy.outer_optimizer) is torch.optim.Adam
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
@@ -432,6 +556,84 @@ def test_damaged_and_foreign_files_are_refused_and_leave_the_run_untouched() -> 
             loader(),
             ckpt_path=damaged(lambda c: c["diloco"]["outer"]["parameters"].update(surplus=torch.ones(1))),
         )
+
+
+def keys_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every key and item, at all levels."""
+    if isinstance(value, (dict, list)):
+        for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            yield (*path, key)
+            yield from keys_of(child, (*path, key))
+
+
+def without(checkpoint: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    changed = copy.copy(checkpoint)
+    holder: Any = changed
+    for key in path[:-1]:
+        holder[key] = copy.copy(holder[key])
+        holder = holder[key]
+    del holder[path[-1]]
+    return changed
+
+
+@pytest.mark.parametrize("setting", ["default", "16-mixed accumulate", "manual"])
+def test_a_file_that_lacks_any_of_its_keys_is_damaged(setting: str) -> None:
+    run(SETTINGS[setting], [Save("on_train_batch_end", {7, 8})])
+    strategy = DilocoStrategy(num_nodes=3, diloco_interval=4)
+    for file in ("7.ckpt", "8.ckpt"):
+        checkpoint = torch.load(file, weights_only=True)
+        checkpoint_format.check(checkpoint, 3, strategy._configured, "The file")
+        paths = list(keys_of(checkpoint["diloco"], ("diloco",)))
+        assert len(paths) > 250
+        for path in [*paths, ("state_dict",), ("optimizer_states",), ("loops",), ("loops", "fit_loop", "state_dict")]:
+            with pytest.raises(ValueError, match=r"^The file .*: the file is damaged\.$") as caught:
+                checkpoint_format.check(without(checkpoint, path), 3, strategy._configured, "The file")
+            named = [str(key) for key in path if not isinstance(key, int)]
+            assert any(key in str(caught.value) for key in named[1:] or named), (path, str(caught.value))
+    theta = checkpoint["diloco"]["outer"]["parameters"]
+    assert isinstance(theta, list)
+    with pytest.raises(ValueError, match=rf"^The file lacks state_dict/{theta[0]}: the file is damaged\.$"):
+        checkpoint_format.check(without(checkpoint, ("state_dict", theta[0])), 3, strategy._configured, "The file")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (("diloco", "exchanges"), "lacks exchanges in its DiLoCo state"),
+        (("diloco", "version"), "lacks version in its DiLoCo state"),
+        (("diloco", "outer", "names"), "lacks outer.names in its DiLoCo state"),
+        (("diloco", "workers", 2, "random", "cpu"), r"lacks workers\[2\].random.cpu in its DiLoCo state"),
+        (("diloco", "workers", 1, "parameters", "net.0.bias"), "lacks entries of workers in its DiLoCo state"),
+        (("diloco", "settings", "outer_optimizer_cls"), "lacks entries of settings in its DiLoCo state"),
+        (("loops",), "lacks loops/fit_loop/state_dict"),
+    ],
+    ids=str,
+)
+def test_fit_says_which_key_a_damaged_file_lacks(path: tuple[Any, ...], message: str) -> None:
+    run({}, [Save("on_train_batch_end", {7})])
+    torch.save(without(torch.load("7.ckpt", weights_only=True), path), "damaged.ckpt")
+    module = Project()
+    before = copy_of(module.state_dict())
+    with pytest.raises(ValueError, match=rf"^The checkpoint damaged.ckpt {message}: the file is damaged\.$"):
+        trainer(DilocoStrategy(num_nodes=3, diloco_interval=4)).fit(module, loader(), ckpt_path="damaged.ckpt")
+    assert_same(copy_of(module.state_dict()), before)
+
+
+def test_the_list_of_keys_is_that_of_the_files() -> None:
+    run({}, [Save("on_train_batch_end", {7})])
+    state = torch.load("7.ckpt", weights_only=True)["diloco"]
+    levels: list[tuple[Any, Any]] = [
+        (checkpoint_format.RunState, state),
+        (checkpoint_format.OuterState, state["outer"]),
+        (checkpoint_format.OptimizerDict, state["outer"]["optimizer"]),
+        (checkpoint_format.ExchangesState, state["exchanges"]),
+        (checkpoint_format.LoaderState, state["loader"]),
+        (checkpoint_format.StreamState, state["random"]),
+        (checkpoint_format.WorkerState, state["workers"][2]),
+        (checkpoint_format.StreamState, state["workers"][2]["random"]),
+    ]
+    for keys, found in levels:
+        assert found.keys() == keys.__required_keys__
 
 
 def test_saving_inside_a_workers_turn_is_refused() -> None:

@@ -1,5 +1,7 @@
 """Which weights are where: between turns, in validation, in checkpoints, after a fit, and when somebody writes them."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -360,10 +362,54 @@ def test_parameters_of_any_dtype_and_layout() -> None:
         assert replica.dtype == start[name].dtype
         assert replica.data_ptr() % 64 == 0
         assert name == "empty" or not torch.equal(replica, start[name])
-    flats = strategy.engine.context.replicas.flat(1)
-    assert {dtype for dtype, _ in flats} == {p.dtype for p in module.parameters()}
+        assert replica.untyped_storage().nbytes() == replica.nbytes
     assert_same(copy_of(module.state_dict()), strategy.outer_state_dict())
     assert_same(strategy.worker_state_dict(1), strategy.outer_state_dict())
+
+
+class SavesParts(Net):
+    """Writes one layer's weights, and the whole module, wherever it can: files of the layer hold the layer only."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=torch.optim.Adam)  # can be pickled
+        self.large = nn.Linear(200, 200)
+        self.sizes: dict[str, int] = {}
+
+    def save(self, place: str) -> None:
+        torch.save(self.net[0].state_dict(), "part.pt")
+        assert_same(torch.load("part.pt", weights_only=True), self.net[0].state_dict())
+        torch.save(self.net[0], "module.pt")
+        assert_same(torch.load("module.pt", weights_only=False).state_dict(), self.net[0].state_dict())
+        assert_same(copy.deepcopy(self.net[0]).state_dict(), self.net[0].state_dict())
+        torch.save(self, "whole.pt")
+        assert_same(torch.load("whole.pt", weights_only=False).state_dict(), self.state_dict())
+        self.sizes[place] = max(Path("part.pt").stat().st_size, Path("module.pt").stat().st_size)
+
+    def training_step(self, batch, batch_idx):
+        self.save(f"worker {self.trainer.strategy.current_worker}")
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self):
+        self.save("validation")
+
+    def on_train_batch_end(self, *_):
+        self.save("end of batch")
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_a_part_that_is_saved_in_a_hook_is_no_larger_than_that_part(num_nodes: int) -> None:
+    module, strategy = SavesParts(), DilocoStrategy(num_nodes=num_nodes, diloco_interval=3)
+    between = Probe(lambda hook, t, m: m.save(hook), "on_train_batch_end", "on_train_epoch_start")
+    validation = loader(regression_data(8), shuffle=False)
+    trainer(strategy, max_steps=4, val_check_interval=2, callbacks=[between]).fit(module, loader(), validation)
+    for which in (0, "average", "outer"):
+        with strategy.weights(which):
+            module.save(f"weights {which}")
+    for name, state in (("worker", strategy.worker_state_dict(0)), ("outer", strategy.outer_state_dict())):
+        torch.save({k: v for k, v in state.items() if k.startswith("net.0")}, "part.pt")
+        module.sizes[name] = Path("part.pt").stat().st_size
+    assert len(module.sizes) == num_nodes + 9
+    assert max(module.sizes.values()) < 8_000, "the whole module has 160 kB"
 
 
 class Adapter(Net):

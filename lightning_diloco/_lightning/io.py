@@ -2,19 +2,39 @@
 
 Lightning's own writer composes the file in the system's temporary folder and, if that is another file system than the
 target's, copies it: a kill during the copy leaves a torn file.
+
+A file under way is called ``.diloco-<machine>-<random>.part``: short, whatever the target's name, and nothing that
+Lightning looks for in a folder. Its writer holds a lock on it, which ends with the process however that ends, so that
+the next save can tell the leftovers of killed processes from files that somebody writes.
 """
 
+import errno
+import hashlib
 import os
-import tempfile
+import platform
+import secrets
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open can't be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
+_OLD = 3600.0  # seconds without a write after which a file under way is a leftover, where locks don't tell
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -25,49 +45,152 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        if storage_options is not None or get_filesystem(path).protocol[0] not in ("file", "local"):
-            super().save_checkpoint(checkpoint, path, storage_options)
+        file_system, local_path = url_to_fs(str(path))
+        if storage_options is not None or not isinstance(file_system, LocalFileSystem):
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
-        target = Path(str(path).removeprefix("file://"))
+        target = Path(local_path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+        _remove_leftovers(target.parent)
+        with _temporary(target) as (file, temporary):
+            torch.save(checkpoint, file)  # type: ignore[arg-type] # which only writes
+            file.flush()
+            _sync(file.fileno())
             os.replace(temporary, target)
-            _sync_folder(target.parent)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+        _sync_folder(target.parent)
+
+
+class _Written:
+    """A file that remembers why a write failed: torch's writer raises another error over it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[tuple[_Written, Path]]:
+    """A new file beside ``target``, which is gone afterwards if it was not renamed.
+
+    Raises:
+        OSError: names the target and why it can't be written: the disk is full, a quota is exceeded, …
+    """
+    path: Path | None = None
+    file: _Written | None = None
+    try:
+        path, descriptor = _create(target.parent)
+        with os.fdopen(descriptor, "wb") as raw:
+            file = _Written(raw)
+            yield file, path
+    except BaseException as error:
+        if path is not None:
+            path.unlink(missing_ok=True)
+        cause = file.error if isinstance(error, Exception) and file is not None and file.error is not None else error
+        about_file = isinstance(cause, OSError) and cause.filename in (None, str(path))
+        if isinstance(cause, OSError) and cause.errno is not None and about_file:
+            raise OSError(cause.errno, cause.strerror, str(target)) from error
+        raise
+
+
+def _create(folder: Path) -> tuple[Path, int]:
+    """A file under way, locked; the permissions are the umask's, as for any new file."""
+    while True:
+        path = folder / f"{_prefix()}{secrets.token_hex(6)}.part"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        _lock(descriptor)
+        if path.exists():
+            return path, descriptor
+        os.close(descriptor)  # another process has found it before it was locked, and removed it
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes have left; whatever goes wrong here is no reason not to save."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(".diloco-") and entry.name.endswith(".part"):
+                with suppress(OSError):
+                    _remove_leftover(entry)
+
+
+def _remove_leftover(entry: os.DirEntry[str]) -> None:
+    """Removes a file that nobody writes.
+
+    Locks tell on the machine of the writer; from another one they don't on every file system, but a file that nobody
+    has written to for an hour is a leftover.
+
+    Raises:
+        OSError: it is locked, or locks don't exist here.
+    """
+    old = time.time() - entry.stat().st_mtime > _OLD
+    if old or fcntl is None:  # on Windows the attempt tells
+        os.unlink(entry.path)
+    elif entry.name.startswith(_prefix()):
+        descriptor = os.open(entry.path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(entry.path)  # still locked: its writer may be about to lock it
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _prefix() -> str:
+    machine = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+    return f".diloco-{machine}-"
+
+
+def _sync(descriptor: int) -> None:
+    """Makes what was written last through a crash of the machine, on file systems that can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
             raise
 
 
-def atomic_by_default(io: CheckpointIO | None) -> CheckpointIO:
-    """The user's CheckpointIO; where there is none, or a wrapper (AsyncCheckpointIO) around none, ours.
+def _sync_folder(folder: Path) -> None:
+    """The same for the rename, where folders can be opened (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        try:
+            descriptor = os.open(folder, os.O_DIRECTORY)
+        except OSError:
+            return  # a folder that can be written to but not read
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def is_truncated(io: CheckpointIO, path: Any) -> bool:
+    """Whether a file that ``io`` could not read is cut off, or no file of torch's at all.
 
     Private because the wrapper's base class, by which Lightning recognises it, has no public name.
     """
-    if io is None:
-        return AtomicCheckpointIO()
-    if isinstance(io, _WrappingCheckpointIO) and io.checkpoint_io is None:
-        io.checkpoint_io = AtomicCheckpointIO()
-    return io
-
-
-def _umask() -> int:
-    """The process's umask, which mkstemp ignores; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a crash of the machine, where folders can be opened (not on Windows)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    while isinstance(io, _WrappingCheckpointIO) and io.checkpoint_io is not None:
+        io = io.checkpoint_io
+    file_system, local_path = url_to_fs(str(path))
+    if not (isinstance(io, TorchCheckpointIO) and isinstance(file_system, LocalFileSystem)):
+        return False  # formats and places that only others know
+    if not os.path.isfile(local_path):
+        return False
+    with open(local_path, "rb") as file:
+        legacy = file.read(1) == b"\x80"  # torch's format before zip files
+    return not legacy and not zipfile.is_zipfile(local_path)

@@ -14,6 +14,7 @@ import atexit
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -31,7 +32,8 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import LayerSync, Precision
+from lightning.pytorch.plugins import LayerSync, Precision, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -41,6 +43,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import DilocoDataConnector
+from lightning_diloco._lightning.io import AtomicCheckpointIO
 from lightning_diloco._lightning.launching import CopyLauncher, DilocoSignalConnector, ScriptLauncher, watch_parent
 from lightning_diloco.world import World, check_layout
 
@@ -76,6 +79,9 @@ class ProcessStrategy(SingleDeviceStrategy):
     ) -> None:
         # not SingleDeviceStrategy's, which makes ranks plain attributes
         Strategy.__init__(self, accelerator=accelerator, checkpoint_io=checkpoint_io)
+        self._trainers_checkpoint_io: CheckpointIO | None = None
+        self._checkpoint_io_is_new = False  # set since the last Trainer was made
+        self._default_checkpoint_io = AtomicCheckpointIO()
         self._accelerator, self._precision_plugin = accelerator, precision_plugin
         self._num_workers = num_workers
         self._machines = 1
@@ -88,9 +94,9 @@ class ProcessStrategy(SingleDeviceStrategy):
         self._group_is_ours = False  # whether it was not there before
         self._end_watch: Callable[[], None] = _nothing
 
-    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
-    # from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the
-    # other.
+    # A Trainer sets accelerator, precision and CheckpointIO on its strategy, and refuses a strategy that brings its
+    # own. What came from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one
+    # after the other.
 
     @property
     @override
@@ -109,6 +115,18 @@ class ProcessStrategy(SingleDeviceStrategy):
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         self._trainers_precision = precision_plugin
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        io = self._checkpoint_io or self._trainers_checkpoint_io or self._default_checkpoint_io
+        if isinstance(io, _WrappingCheckpointIO):
+            io.checkpoint_io = TorchCheckpointIO()  # as Lightning does; ignored where there is one inside
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._trainers_checkpoint_io, self._checkpoint_io_is_new = io, True
 
     # ---------------------------------------------------------------------------------------- who and where
 
@@ -194,6 +212,9 @@ class ProcessStrategy(SingleDeviceStrategy):
     def _configure_launcher(self) -> None:
         """The last word of a Trainer's constructor to its strategy: devices and machines are known."""
         self._launcher = None
+        if not self._checkpoint_io_is_new:  # it is an earlier Trainer's
+            self._trainers_checkpoint_io = None
+        self._checkpoint_io_is_new = False
         asked = f" (`Trainer(devices={self.num_processes}, num_nodes={self._machines})`)"
         check_layout(self._num_workers, self.world_size, started_by=asked)
         if not self.is_distributed:
@@ -208,8 +229,20 @@ class ProcessStrategy(SingleDeviceStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        trainer = self._trainer_here
+        if trainer is None:  # the Trainer's connectors are used without a run
+            return
+        if self._trainers_accelerator is None:  # a copy, in a copy of a Trainer, whose constructor has not run
+            trainer._accelerator_connector._lazy_init_strategy()
+            if self.is_distributed:
+                raise MisconfigurationException(
+                    f"This Trainer is a copy (from `pickle` or `copy`) of one with {self.world_size} processes, and"
+                    " copies don't start processes. Make a new Trainer with the same arguments."
+                )
+        if not self._checkpoint_io_is_new:  # nobody has set one by hand
+            self._trainers_checkpoint_io = trainer._accelerator_connector.checkpoint_io
         for name, (_, ours) in _CONNECTORS.items():
-            getattr(model.trainer, name).__class__ = ours
+            getattr(trainer, name).__class__ = ours
 
     @override
     def setup_environment(self) -> None:
@@ -355,6 +388,11 @@ class ProcessStrategy(SingleDeviceStrategy):
         """The Trainer that runs in this process: none in one that only starts others ("spawn", "fork")."""
         module = self.lightning_module
         return None if module is None else module._trainer
+
+    @property
+    def _is_being_spawned(self) -> bool:
+        """Whether a launcher pickles this strategy for the processes that it starts, which need all of it."""
+        return self._only_starts_others and get_spawning_popen() is not None
 
     @property
     def _only_starts_others(self) -> bool:

@@ -72,6 +72,10 @@ class SyncAlgorithm(ABC):
 
     ctx: "SyncContext"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are made without the run."""
+        return {name: value for name, value in vars(self).items() if name != "ctx"}
+
     def setup(self, ctx: "SyncContext") -> None:
         """Called once before the first step of a fit."""
         self.ctx = ctx
