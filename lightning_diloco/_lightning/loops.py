@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_diloco._lightning.data import set_epoch, split_batch
+from lightning_diloco._lightning.data import set_epoch, show_first_workers, split_batch
 from lightning_diloco._lightning.launching import DilocoSignalConnector
 from lightning_diloco._lightning.results import WorkerResults
 
@@ -53,6 +53,8 @@ class DilocoFitLoop(_FitLoop):
         # `Strategy.process_dataloader` isn't told the stage, and `trainer.training` is True for validation loaders too
         with self._strategy.dealing_training_data():
             super().setup_data()
+        if self._combined_loader is not None:
+            show_first_workers(self._combined_loader)
         if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher):
             raise MisconfigurationException(
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
