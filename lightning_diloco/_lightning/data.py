@@ -124,7 +124,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
 def show_first_workers(combined: CombinedLoader) -> None:
     """Makes ``trainer.train_dataloader`` the first worker's batches; ``flattened``, which training reads, stays."""
     if any(type(loader) is DealtLoader for loader in combined.flattened):
-        views = [loader.view if type(loader) is DealtLoader else loader for loader in combined.flattened]
+        # new objects: a loader that referred to its view would keep its processes after a reload
+        views = [FirstWorkersLoader(x) if type(x) is DealtLoader else x for x in combined.flattened]
         combined._iterables = tree_unflatten(views, combined._spec)
 
 
@@ -147,12 +148,10 @@ class DealtLoader:
     _sampler: "WorkerSampler | None"
     _source: Any
     _place: _Place
-    view: "FirstWorkersLoader"
 
     def __init__(self, loader: Any, dealing: Dealing, sampler: "WorkerSampler | None") -> None:
         source = _copied(loader, sampler, dealing) if isinstance(loader, DataLoader) else loader
         vars(self).update(_loader=loader, _dealing=dealing, _sampler=sampler, _source=source, _place=_Place())
-        vars(self).update(view=FirstWorkersLoader(self))
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -309,11 +308,26 @@ def _read(
     notes: _Notes | None = getattr(source, "_notes", None) if isinstance(source, DataLoader) else None
     if sampler is not None and notes is None:
         sampler.skip = skip
-        return _in_turn(iter(source), dealing, len(workers), range(len(workers)), workers)
+        groups = _in_turn(iter(source), dealing, len(workers), range(len(workers)), workers)
+        return groups if skip else _at_least_one(groups, sampler, dealing)
     if notes is not None:
         notes.start()
     batches = _drawing_from(RandomStream(derive_seed(dealing.seed, "stream", dealing.loader, epoch)), source)
     return islice(_by_place(batches, dealing, workers) if notes is None else notes.read(batches), skip, None)
+
+
+def _at_least_one(groups: Iterator[WorkerBatches], sampler: WorkerSampler, dealing: Dealing) -> Iterator[WorkerBatches]:
+    """The groups.
+
+    Raises:
+        ValueError: there is none, because the sampler, whose length nobody knew before, had too few for a whole one.
+    """
+    first = next(groups, None)
+    if first is not None:
+        yield first
+        yield from groups
+    elif sampler.left:
+        raise too_few(sampler.left, dealing, "batch(es)" if sampler.batch_size is None else "sample(s)")
 
 
 def _drawing_from(stream: RandomStream, source: Iterable[Any]) -> Iterator[Any]:

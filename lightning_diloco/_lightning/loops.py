@@ -51,9 +51,10 @@ class DilocoFitLoop(_FitLoop):
     @override
     def setup_data(self) -> None:
         # `Strategy.process_dataloader` isn't told the stage, and `trainer.training` is True for validation loaders too
+        before = None if self._combined_loader is None else self._combined_loader.flattened
         with self._strategy.dealing_training_data():
             super().setup_data()
-        if self._combined_loader is not None:
+        if self._combined_loader is not None and self._combined_loader.flattened is not before:
             show_first_workers(self._combined_loader)
         if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher):
             raise MisconfigurationException(

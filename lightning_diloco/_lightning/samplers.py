@@ -77,7 +77,13 @@ def too_few(number: int, dealing: Dealing, what: str = "batch(es)") -> ValueErro
 
 
 class _Rounds(Protocol):
-    """One item per shard and round; an item is an index or a batch of indices."""
+    """One item per shard and round; an item is an index or a batch of indices.
+
+    Attributes:
+        left: how many items the last pass has dropped because they made no whole round.
+    """
+
+    left: int
 
     def __iter__(self) -> Iterator[Sequence[Any]]: ...
     def __len__(self) -> int: ...
@@ -104,8 +110,10 @@ class _DealtRounds:
         self._seed = seed
         self._wrap = wrap
         self._epoch = 0
+        self.left = 0
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
+        self.left = 0
         stream = RandomStream(derive_seed(self._seed, "sampler", self._epoch))
         with stream.active():
             items = iter(self._base)
@@ -117,6 +125,8 @@ class _DealtRounds:
             if len(drawn) < self._n:
                 if drawn and (self._wrap or (self._single and len(first) == 1)):
                     yield [*drawn, *(first[j % len(first)] for j in range(self._n - len(drawn)))]
+                else:
+                    self.left = len(drawn)
                 return
             yield drawn
 
@@ -151,6 +161,8 @@ class _RankRounds:
     Raises:
         ValueError: the sampler was made for another number of replicas.
     """
+
+    left = 0
 
     def __init__(self, sampler: DistributedSampler[Any], shards: int, batches: Any = None) -> None:
         if sampler.num_replicas != shards:
@@ -191,6 +203,8 @@ class _PartitionRounds:
     The members of a worker's team take the entries of its list in turn.
     """
 
+    left = 0
+
     def __init__(self, parts: Sequence[Sequence[int]], seed: int, shuffle: bool, team: int = 1) -> None:
         self._parts = parts
         self._team = team
@@ -230,6 +244,7 @@ class WorkerSampler(Sampler[Any]):
 
     Attributes:
         drawn: how many were yielded since somebody set it to 0.
+        left: how many items (batches, or samples where this cuts batches) the last pass has dropped.
     """
 
     def __init__(self, rounds: _Rounds, shards: Sequence[int], batch_size: int | None, drop_last: bool) -> None:
@@ -239,6 +254,7 @@ class WorkerSampler(Sampler[Any]):
         self.drop_last = drop_last
         self.skip = 0  # batches of each worker that the next iter() leaves out
         self.drawn = 0
+        self.left = 0
 
     @property
     def sampler(self) -> "WorkerSampler":
@@ -246,9 +262,11 @@ class WorkerSampler(Sampler[Any]):
         return self
 
     def __iter__(self) -> Iterator[Any]:
+        self.left = 0
         for batch in self._batches():
             self.drawn += 1
             yield batch
+        self.left += self._rounds.left
 
     def _batches(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
@@ -259,6 +277,7 @@ class WorkerSampler(Sampler[Any]):
             return
         while batch := list(islice(rounds, self.batch_size)):
             if len(batch) < self.batch_size and self.drop_last:
+                self.left = sum(map(len, batch))
                 return
             yield from ([items[s] for items in batch] for s in self._shards)
 
