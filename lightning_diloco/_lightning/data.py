@@ -367,10 +367,11 @@ def _in_turn(
             return
         if 1 < len(group) < size:
             raise too_few(len(group), dealing)
-        if len(group) < size:  # copies, because a worker may change its batch
-            group = [group[0], *(copy.deepcopy(group[0]) for _ in range(size - 1))]
         complete = True
-        yield WorkerBatches({w: group[p] for w, p in zip(workers, picks, strict=True)})
+        if len(group) < size:  # copies, because a worker may change its batch
+            yield WorkerBatches({w: copy.deepcopy(group[0]) if i else group[0] for i, w in enumerate(workers)})
+        else:
+            yield WorkerBatches({w: group[p] for w, p in zip(workers, picks, strict=True)})
 
 
 def _iterates_itself(loader: DataLoader[Any]) -> bool:
