@@ -1,5 +1,7 @@
 """What hooks find as ``trainer.train_dataloader``, and what batches are to a step."""
 
+import copy
+import pickle
 import random
 from collections import namedtuple
 from collections.abc import Iterator
@@ -258,6 +260,19 @@ def test_attributes_of_a_dataloader():
     assert seen == {"length": 4, "batch_size": 2, "indices": model.seen[0, 0], "cut": (2, False, 4), "note": "mine"}
     assert data.threshold == 7
     assert model.fitted.train_dataloader is data
+
+
+def test_the_loader_that_hooks_see_can_be_copied():
+    read = []
+
+    class Copies(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            now = trainer.train_dataloader
+            for twin in (now, copy.copy(now), copy.deepcopy(now), pickle.loads(pickle.dumps(now))):
+                read.append([plain(batch) for batch in twin])
+
+    model = fit(DataLoader(Own(24), 2, shuffle=True), callbacks=[Copies()])
+    assert read == [model.seen[0, 0]] * 4 + [model.seen[1, 0]] * 4
 
 
 def test_data_that_can_be_read_only_once_arent_read_by_hooks():

@@ -76,11 +76,9 @@ class WorkerBatches:
 
 
 def split_batch(batch: Any, workers: Sequence[int]) -> dict[int, Any]:
-    """The batch of each worker, untouched; only the containers that a CombinedLoader makes are made again."""
+    """The batch of each worker, untouched; only the containers that a CombinedLoader made are made again."""
     if isinstance(batch, WorkerBatches):
         return batch.by_worker
-    if len(workers) == 1 and not any(isinstance(leaf, WorkerBatches) for leaf in tree_leaves(batch)):
-        return {workers[0]: batch}
 
     def pick(worker: int) -> Any:
         return tree_map(lambda leaf: leaf.by_worker[worker] if isinstance(leaf, WorkerBatches) else leaf, batch)
@@ -115,6 +113,11 @@ def original(loader: Any) -> Any:
     return loader._loader if type(loader) in (DealtLoader, FirstWorkersLoader) else loader
 
 
+def is_dealt(combined: CombinedLoader) -> bool:
+    """Whether training reads dealt loaders; N = 1 reads the user's."""
+    return any(type(loader) is DealtLoader for loader in combined.flattened)
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tells a dealt loader which epoch its next ``iter()`` belongs to."""
     if type(loader) is DealtLoader:
@@ -123,7 +126,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 def show_first_workers(combined: CombinedLoader) -> None:
     """Makes ``trainer.train_dataloader`` the first worker's batches; ``flattened``, which training reads, stays."""
-    if any(type(loader) is DealtLoader for loader in combined.flattened):
+    if is_dealt(combined):
         # new objects: a loader that referred to its view would keep its processes after a reload
         views = [FirstWorkersLoader(x) if type(x) is DealtLoader else x for x in combined.flattened]
         combined._iterables = tree_unflatten(views, combined._spec)
@@ -158,7 +161,13 @@ class DealtLoader:
         """Lightning gives its advice about loaders to DataLoaders only."""
         return type(self._loader)
 
+    def __reduce__(self) -> Any:
+        """``__class__`` would mislead ``pickle``."""
+        return DealtLoader, (self._loader, self._dealing, self._sampler), {"_place": self._place}
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols of Python's that the loader may have, but this hasn't
+            raise AttributeError(name)
         return getattr(vars(self)["_source"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -221,7 +230,13 @@ class FirstWorkersLoader:
         """``isinstance`` says what it says of the user's loader."""
         return type(self._loader)
 
+    def __reduce__(self) -> Any:
+        """As for a dealt loader."""
+        return FirstWorkersLoader, (self._dealt,)
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         dealt = vars(self)["_dealt"]
         if dealt._sampler is not None and vars(dealt._source).get(name) is dealt._sampler:
             return dealt._sampler.of(dealt._dealing.parts[:1])

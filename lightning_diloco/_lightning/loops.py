@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_diloco._lightning.data import set_epoch, show_first_workers, split_batch
+from lightning_diloco._lightning.data import is_dealt, set_epoch, show_first_workers, split_batch
 from lightning_diloco._lightning.launching import DilocoSignalConnector
 from lightning_diloco._lightning.results import WorkerResults
 
@@ -137,7 +137,9 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
         self.batch_progress.is_last_batch = data_fetcher.done
-        batches = self._transfer(split_batch(fetched, engine.local_workers))
+        workers, combined = engine.local_workers, data_fetcher.combined_loader
+        # what no loader was dealt for is handed through untouched
+        batches = self._transfer(split_batch(fetched, workers) if is_dealt(combined) else {workers[0]: fetched})
         batch = next(iter(batches.values()))  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)
