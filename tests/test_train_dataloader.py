@@ -250,14 +250,16 @@ def test_attributes_of_a_dataloader():
                 note=now.note,
             )
             now.threshold = 7
+            now.collate_fn = lambda items: items[:1]
             with pytest.raises(ValueError, match="should not be set"):
                 now.batch_size = 3
 
     data = Mine(Own(24), 2)
-    model = fit(data, callbacks=[Asks()], max_epochs=1)
+    model = fit(data, callbacks=[Asks()])
     assert seen.pop("dataset") is data.dataset
     assert seen.pop("sampler") is data.sampler
-    assert seen == {"length": 4, "batch_size": 2, "indices": model.seen[0, 0], "cut": (2, False, 4), "note": "mine"}
+    assert [batch[:1] for batch in seen.pop("indices")] == model.seen[1, 0]  # training reads with the new `collate_fn`
+    assert seen == {"length": 4, "batch_size": 2, "cut": (2, False, 4), "note": "mine"}
     assert data.threshold == 7
     assert model.fitted.train_dataloader is data
 
@@ -268,8 +270,8 @@ def test_the_loader_that_hooks_see_can_be_copied():
     class Copies(L.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             now = trainer.train_dataloader
-            for twin in (now, copy.copy(now), copy.deepcopy(now), pickle.loads(pickle.dumps(now))):
-                read.append([plain(batch) for batch in twin])
+            twins = (now, copy.copy(now), copy.deepcopy(now), pickle.loads(pickle.dumps(now)))
+            read.extend([plain(batch) for batch in twin] for twin in twins)
 
     model = fit(DataLoader(Own(24), 2, shuffle=True), callbacks=[Copies()])
     assert read == [model.seen[0, 0]] * 4 + [model.seen[1, 0]] * 4
@@ -377,3 +379,23 @@ def test_batches_are_handed_through(name, workers, several):
     trainer(strategy, max_epochs=1).fit(Project(), {"a": data} if several else data)
     assert kinds == {type(make(torch.zeros(1, 1)))}
     assert sorted(sums) == list(range(24))
+
+
+@pytest.mark.parametrize("workers", [1, N])
+def test_the_batch_of_a_step_is_the_object_that_was_collated(workers):
+    made: list[Any] = []
+
+    class Project(Recorder):
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            return batch
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert any(batch is one for one in made)
+            return self.weight.sum()
+
+    def collate(items: list[int]) -> Any:
+        made.append({"x": [items, None]})
+        return made[-1]
+
+    fit(DataLoader(Own(24), 2, collate_fn=collate), workers, Project())
+    assert len(made) == 24
