@@ -18,6 +18,10 @@ with ``partition=``                             its list of indices; shorter lis
 Indices and batches that are dealt from a sampler are made divisible by N by repeating the first ones (unless
 ``drop_last``), as ``DistributedSampler`` does. Where a worker has k processes, N·k takes the place of N, and member j
 of worker i's team reads what is number j·N + i's.
+
+Loaders are read in order, with ``DataLoader(in_order=False)`` too, which permits but doesn't ask for another order: the
+place of a batch says whose it is. A loader class with an ``__iter__`` of its own may leave out or reorder batches; then
+fetched batches are recognised among those that it yields, and if it never asks its sampler, it is a stream.
 """
 
 import copy
