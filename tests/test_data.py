@@ -661,9 +661,10 @@ def test_limit_train_batches_counts_local_steps_of_a_stream(make):
     assert (model.during["batches"], model.fitted.global_step) == (2, 4)
 
 
-def test_a_stream_too_short_for_one_round_trains_nothing():
-    with warned(left_over(2)):
-        model = fit(DataLoader(Stream(2), 1), max_epochs=1)
+def test_a_stream_too_short_for_one_round_is_an_error():
+    model = Recorder()
+    with pytest.raises(ValueError, match=r"^An epoch of the training data has 2 batch\(es\), but there are 3 workers"):
+        fit(DataLoader(Stream(2), 1), max_epochs=1, model=model)
     assert model.seen == {}
 
 

@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_diloco._lightning.data import set_epoch, split_batch
+from lightning_diloco._lightning.data import is_dealt, set_epoch, show_first_workers, split_batch
 from lightning_diloco._lightning.launching import DilocoSignalConnector
 from lightning_diloco._lightning.results import WorkerResults
 
@@ -51,8 +51,11 @@ class DilocoFitLoop(_FitLoop):
     @override
     def setup_data(self) -> None:
         # `Strategy.process_dataloader` isn't told the stage, and `trainer.training` is True for validation loaders too
+        before = None if self._combined_loader is None else self._combined_loader.flattened
         with self._strategy.dealing_training_data():
             super().setup_data()
+        if self._combined_loader is not None and self._combined_loader.flattened is not before:
+            show_first_workers(self._combined_loader)
         if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher):
             raise MisconfigurationException(
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
@@ -136,7 +139,9 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
         self.batch_progress.is_last_batch = data_fetcher.done
-        batches = self._transfer(split_batch(fetched, engine.local_workers))
+        workers, combined = engine.local_workers, data_fetcher.combined_loader
+        # what no loader was dealt for is handed through untouched
+        batches = self._transfer(split_batch(fetched, workers) if is_dealt(combined) else {workers[0]: fetched})
         batch = next(iter(batches.values()))  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)

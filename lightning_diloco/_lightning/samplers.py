@@ -7,11 +7,13 @@ own the fetching.
 import copy
 import math
 import operator
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -27,6 +29,16 @@ NO_PARTITION = (
     " `__len__` and `__getitem__` and without a sampler of its own, or drop `partition`."
 )
 
+
+ONCE = (
+    "The training data come from a {kind}, which can be read only once: `trainer.train_dataloader` would take"
+    " batches away from the training. Pass an object whose `__iter__` starts again."
+)
+
+TOO_FEW = (
+    "An epoch of the training data has {number}, but there are {readers}, and each needs a batch of its own. Use fewer"
+    " workers (`num_nodes`), a smaller `batch_size`, more data, or no `drop_last`."
+)
 
 LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} workers and are dropped."
 
@@ -58,12 +70,25 @@ class Dealing:
         return [self.world.shard(w) for w in self.workers]
 
 
+def too_few(number: int, dealing: Dealing, what: str = "batch(es)") -> ValueError:
+    """The error for an epoch in which some worker would have no batch."""
+    team = f" of {dealing.world.team} processes each" if dealing.world.team > 1 else ""
+    return ValueError(TOO_FEW.format(number=f"{number} {what}", readers=f"{dealing.world.num_workers} workers{team}"))
+
+
 class _Rounds(Protocol):
-    """One item per shard and round; an item is an index or a batch of indices."""
+    """One item per shard and round; an item is an index or a batch of indices.
+
+    Attributes:
+        left: how many items the last pass has dropped because they made no whole round.
+    """
+
+    left: int
 
     def __iter__(self) -> Iterator[Sequence[Any]]: ...
     def __len__(self) -> int: ...
     def set_epoch(self, epoch: int) -> None: ...
+    def copied(self) -> "_Rounds": ...
 
 
 class _DealtRounds:
@@ -75,16 +100,20 @@ class _DealtRounds:
         shards: n.
         seed: the run's seed.
         wrap: complete the last round with the first items, else drop it.
+        single: without ``wrap``, still give an item that is the only one to every shard.
     """
 
-    def __init__(self, base: Any, shards: int, seed: int, wrap: bool) -> None:
+    def __init__(self, base: Any, shards: int, seed: int, wrap: bool, single: bool = False) -> None:
         self._base = base
+        self._single = single
         self._n = shards
         self._seed = seed
         self._wrap = wrap
         self._epoch = 0
+        self.left = 0
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
+        self.left = 0
         stream = RandomStream(derive_seed(self._seed, "sampler", self._epoch))
         with stream.active():
             items = iter(self._base)
@@ -94,13 +123,17 @@ class _DealtRounds:
                 drawn = list(islice(items, self._n))
             first += drawn[: self._n - len(first)]
             if len(drawn) < self._n:
-                if drawn and self._wrap:
+                if drawn and (self._wrap or (self._single and len(first) == 1)):
                     yield [*drawn, *(first[j % len(first)] for j in range(self._n - len(drawn)))]
+                else:
+                    self.left = len(drawn)
                 return
             yield drawn
 
     def __len__(self) -> int:
         length = len(self._base)
+        if self._single and length == 1:
+            return 1
         return math.ceil(length / self._n) if self._wrap else length // self._n
 
     def set_epoch(self, epoch: int) -> None:
@@ -108,6 +141,13 @@ class _DealtRounds:
         for sampler in (self._base, getattr(self._base, "sampler", None)):
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+    def copied(self) -> "_DealtRounds":
+        twin = copy.copy(self)
+        twin._base = independent(self._base)
+        if isinstance(getattr(twin._base, "sampler", None), Sampler):
+            twin._base.sampler = independent(twin._base.sampler)
+        return twin
 
 
 class _RankRounds:
@@ -121,6 +161,8 @@ class _RankRounds:
     Raises:
         ValueError: the sampler was made for another number of replicas.
     """
+
+    left = 0
 
     def __init__(self, sampler: DistributedSampler[Any], shards: int, batches: Any = None) -> None:
         if sampler.num_replicas != shards:
@@ -149,12 +191,19 @@ class _RankRounds:
         for own in self._samplers:
             own.set_epoch(epoch)
 
+    def copied(self) -> "_RankRounds":
+        twin = copy.copy(self)
+        twin._items = [independent(item) for item in self._items]
+        return twin
+
 
 class _PartitionRounds:
     """Every worker's own list, shuffled per epoch by (seed, epoch, worker) if asked, wrapped to the longest list.
 
     The members of a worker's team take the entries of its list in turn.
     """
+
+    left = 0
 
     def __init__(self, parts: Sequence[Sequence[int]], seed: int, shuffle: bool, team: int = 1) -> None:
         self._parts = parts
@@ -180,6 +229,9 @@ class _PartitionRounds:
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
+    def copied(self) -> "_PartitionRounds":
+        return self
+
 
 class WorkerSampler(Sampler[Any]):
     """Yields the workers' batches in turn: worker a's first, worker b's first, …, worker a's second, …
@@ -189,14 +241,20 @@ class WorkerSampler(Sampler[Any]):
         shards: those of the workers hosted here; only theirs are yielded.
         batch_size: items per batch; None if an item is what the loader fetches at once.
         drop_last: drop a short last batch.
+
+    Attributes:
+        drawn: how many were yielded since somebody set it to 0.
+        left: how many items (batches, or samples where this cuts batches) the last pass has dropped.
     """
 
     def __init__(self, rounds: _Rounds, shards: Sequence[int], batch_size: int | None, drop_last: bool) -> None:
         self._rounds = rounds
         self._shards = shards
-        self._batch_size = batch_size
-        self._drop_last = drop_last
+        self.batch_size = batch_size
+        self.drop_last = drop_last
         self.skip = 0  # batches of each worker that the next iter() leaves out
+        self.drawn = 0
+        self.left = 0
 
     @property
     def sampler(self) -> "WorkerSampler":
@@ -204,23 +262,53 @@ class WorkerSampler(Sampler[Any]):
         return self
 
     def __iter__(self) -> Iterator[Any]:
+        self.left = 0
+        for batch in self._batches():
+            self.drawn += 1
+            yield batch
+        self.left += self._rounds.left
+
+    def _batches(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
-        rounds = islice(self._rounds, skip * (self._batch_size or 1), None)
-        if self._batch_size is None:
+        rounds = islice(self._rounds, skip * (self.batch_size or 1), None)
+        if self.batch_size is None:
             for items in rounds:
                 yield from (items[s] for s in self._shards)
             return
-        while batch := list(islice(rounds, self._batch_size)):
-            if len(batch) < self._batch_size and self._drop_last:
+        while batch := list(islice(rounds, self.batch_size)):
+            if len(batch) < self.batch_size and self.drop_last:
+                self.left = sum(map(len, batch))
                 return
             yield from ([items[s] for items in batch] for s in self._shards)
 
     def __len__(self) -> int:
-        rounds, size = len(self._rounds), self._batch_size or 1
-        return (rounds // size if self._drop_last else math.ceil(rounds / size)) * len(self._shards)
+        rounds, size = len(self._rounds), self.batch_size or 1
+        return (rounds // size if self.drop_last else math.ceil(rounds / size)) * len(self._shards)
 
     def set_epoch(self, epoch: int) -> None:
         self._rounds.set_epoch(epoch)
+
+    def of(self, shards: Sequence[int]) -> "WorkerSampler":
+        """A sampler of these shards' batches only, which leaves this one and the user's samplers alone."""
+        return WorkerSampler(self._rounds.copied(), shards, self.batch_size, self.drop_last)
+
+
+def independent(holder: Any) -> Any:
+    """A shallow copy whose random generators are copies, too.
+
+    Raises:
+        TypeError: it can't be copied since it is read only once.
+    """
+    if isinstance(holder, Iterator) and type(holder).__module__ in ("builtins", "itertools"):
+        raise TypeError(ONCE.format(kind=type(holder).__name__))
+    twin = copy.copy(holder)
+    for name, value in getattr(twin, "__dict__", {}).items():
+        if isinstance(value, torch.Generator):
+            vars(twin)[name] = torch.Generator(value.device)
+            vars(twin)[name].set_state(value.get_state())
+        elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+            vars(twin)[name] = copy.deepcopy(value)
+    return twin
 
 
 def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
@@ -252,9 +340,10 @@ def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
     if not dealing.use_distributed_sampler:
         whole: Any = sampler if batches is None else batches
         left = 0 if sized_len(whole) is None else len(whole) % n
-        if left:
+        if left and len(whole) > n:
             rank_zero_warn(LEFT_OVER.format(left=left, workers=n))
-        return WorkerSampler(_DealtRounds(whole, n, stream, wrap=False), dealing.parts, None, False)
+        rounds = _DealtRounds(whole, n, stream, wrap=False, single=True)
+        return WorkerSampler(rounds, dealing.parts, None, False)
     if not plain:
         return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), dealing.parts, None, False)
     if default:

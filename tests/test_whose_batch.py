@@ -1,0 +1,249 @@
+"""Whose batch is it: loaders that don't yield what they fetch, in the order in which they fetch it."""
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from tests.test_data import N, Own, Recorder, Weighted, dealt, each_epoch, fit, flat
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
+]
+
+
+def tens(dataset: Any, workers: int) -> list[range]:
+    """Worker w owns 10 w … 10 w + 9."""
+    return [range(10 * w, 10 * w + 10) for w in range(workers)]
+
+
+def own_only(model: Recorder) -> bool:
+    return all(j // 10 == worker for (_, worker), batches in model.seen.items() for j in flat(batches))
+
+
+class SlowFirst(Own):
+    """The first third takes longer."""
+
+    def __getitem__(self, index: int) -> int:
+        assert get_worker_info() is not None
+        time.sleep(0.02 if index < 10 else 0)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("partition", [tens, None])
+def test_processes_that_answer_out_of_order_dont_mix_the_shards(kind, partition):
+    make = lambda **kwargs: kind(SlowFirst(30), 2, num_workers=3, **kwargs)  # noqa: E731
+    model = fit(make(in_order=False), partition=partition, max_epochs=1)
+    assert model.seen == fit(make(), partition=partition, max_epochs=1).seen
+    assert own_only(model) == (partition is not None)
+
+
+# ---------------------------------------------------------------------- an __iter__ of its own
+
+UNEVEN = (
+    "The `__iter__` of Loader fetched 15 batch(es) of an epoch, but yielded 5, 4, 5 for the workers 0, 1, 2. A local"
+    " step takes one batch of each, so the last 2 batch(es) are dropped."
+)
+
+
+def own_loader(change: Callable[[Any], Iterator[Any]], base: type = DataLoader) -> type:
+    """A loader that yields ``change(what is fetched)``."""
+
+    class Loader(base):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[Any]:
+            return change(super().__iter__())
+
+    return Loader
+
+
+def skip_fifth(batches: Any) -> Iterator[Any]:
+    return (batch for k, batch in enumerate(batches) if k != 4)
+
+
+def skip_fifth_repacked(batches: Any) -> Iterator[Any]:
+    return ({"numbers": batch} for k, batch in enumerate(batches) if k != 4)
+
+
+@pytest.mark.parametrize("base", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("change", [skip_fifth, skip_fifth_repacked])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_left_out_batches_shift_nothing(base, change, processes):
+    with pytest.warns(UserWarning, match=r"^The `__iter__` of") as warnings:
+        model = fit(own_loader(change, base)(Own(30), 2, num_workers=processes), partition=tens, max_epochs=1)
+    assert [str(w.message) for w in warnings if "__iter__" in str(w.message)] == [UNEVEN]
+    seen = {w: flat(b["numbers"] if isinstance(b, dict) else b for b in model.seen[0, w]) for w in range(N)}
+    assert seen == {
+        0: [0, 1, 2, 3, 4, 5, 6, 7],
+        1: [10, 11, 14, 15, 16, 17, 18, 19],  # without its second batch
+        2: [20, 21, 22, 23, 24, 25, 26, 27],
+    }
+
+
+def test_a_whole_round_may_be_left_out_in_silence():
+    model = fit(own_loader(lambda it: (b for k, b in enumerate(it) if k // 3 != 1))(Own(30), 2), partition=tens)
+    assert own_only(model)
+    assert [flat(model.seen[e, 1]) for e in (0, 1)] == [[10, 11, 14, 15, 16, 17, 18, 19]] * 2
+
+
+def by_fours_backwards(batches: Any) -> Iterator[Any]:
+    while held := list(islice(batches, 4)):
+        yield from reversed(held)
+
+
+def test_reordered_batches_reach_their_workers():
+    model = fit(
+        own_loader(by_fours_backwards)(Own(24), 2), partition=lambda d, n: [range(8 * w, 8 * w + 8) for w in (0, 1, 2)]
+    )
+    for (_, worker), batches in model.seen.items():
+        assert sorted(flat(batches)) == list(range(8 * worker, 8 * worker + 8))
+
+
+def test_repeated_batches_reach_their_workers():
+    model = fit(own_loader(lambda it: (b for b in it for _ in range(2)))(Own(30), 2), partition=tens, max_epochs=1)
+    assert own_only(model)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("partition", [tens, None])
+def test_changed_batches_go_in_order(processes, partition):
+    doubled = fit(own_loader(lambda it: (2 * b for b in it))(Own(30), 2, num_workers=processes), partition=partition)
+    plain = fit(DataLoader(Own(30), 2, num_workers=processes), partition=partition)
+    assert doubled.seen == {key: [[2 * j for j in b] for b in batches] for key, batches in plain.seen.items()}
+
+
+def read_ahead(batches: Any) -> Iterator[Any]:
+    """Fetches one more than it yields, and yields new objects, as loaders do that copy to a device meanwhile."""
+    ahead = next(batches).clone()
+    for batch in batches:
+        yield ahead
+        ahead = batch.clone()
+    yield ahead
+
+
+def test_batches_read_ahead_go_in_order():
+    assert fit(own_loader(read_ahead)(Own(30), 2)).seen == fit(DataLoader(Own(30), 2)).seen
+
+
+def merged(batches: Any) -> Iterator[Any]:
+    while held := list(islice(batches, 2)):
+        yield torch.cat(held)
+
+
+def skip_and_change(batches: Any) -> Iterator[Any]:
+    return (2 * batch for k, batch in enumerate(batches) if k != 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "yielded", "fetched"),
+    [(merged, 8, 15), (skip_and_change, 14, 15), (lambda it: map(list, pairwise(it)), 14, 15)],
+)
+def test_what_cant_be_told_apart_is_said_with_counts(change, yielded, fetched):
+    with pytest.warns(UserWarning, match="can't be told") as warnings:
+        fit(own_loader(change)(Own(30), 2), max_epochs=1)
+    told = [str(w.message) for w in warnings if "can't be told" in str(w.message)]
+    assert len(told) == 1
+    assert told[0].startswith(
+        f"The `__iter__` of Loader fetched {fetched} batch(es) of an epoch and yielded {yielded},"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "since"),
+    [(merged, 1, 2), (skip_and_change, 5, 2), (read_ahead, 1, 2), (lambda it: map(list, pairwise(it)), 1, 2)],
+)
+def test_what_cant_be_told_apart_is_refused_with_a_partition(change, number, since):
+    with pytest.raises(ValueError) as error:
+        fit(own_loader(change)(Own(30), 2), partition=tens)
+    assert str(error.value) == (
+        f"With `partition` every batch must belong to one worker, but batch {number} that the `__iter__` of Loader"
+        f" yields is a new object made after fetching {since} batch(es) since the last one. Yield the fetched batches"
+        " themselves, change batches in the dataset or in `collate_fn`, or drop `partition`."
+    )
+
+
+# ---------------------------------------------------------------------- other ways to iterate
+
+
+class BySampler(DataLoader):
+    """Fetches by itself what its sampler says."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for indices in self.batch_sampler:
+            yield self.collate_fn([self.dataset[j] for j in indices])
+
+
+class ByLength(DataLoader):
+    """Asks for its length, as loaders do that never end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = DataLoader.__iter__(self)
+        for _ in range(len(self)):
+            yield next(batches)
+
+
+class ByIterator(DataLoader):
+    def _get_iterator(self) -> Any:
+        return (batch for batch in super()._get_iterator())
+
+
+@pytest.mark.parametrize("kind", [BySampler, ByLength, ByIterator])
+@pytest.mark.parametrize("partition", [tens, None])
+def test_other_ways_to_ask_the_sampler(kind, partition):
+    expected = fit(DataLoader(Own(30), 2, shuffle=True), partition=partition)
+    model = fit(kind(Own(30), 2, shuffle=True), partition=partition)
+    assert model.seen == expected.seen
+    assert model.during["batches"] == expected.during["batches"] == 5
+
+
+class Cuts(DataLoader):
+    """Never asks its sampler."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.arange(len(self.dataset)).split(self.batch_size))
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+
+def test_a_loader_that_never_asks_its_sampler_is_a_stream():
+    model = fit(Cuts(Own(24), 2))
+    assert model.seen == each_epoch(lambda _: dealt([[j, j + 1] for j in range(0, 24, 2)]))
+    assert model.during["batches"] == 4
+
+
+def test_a_loader_that_never_asks_its_sampler_and_a_partition():
+    with pytest.raises(ValueError, match="but the `__iter__` of Cuts doesn't ask the loader's sampler"):
+        fit(Cuts(Own(30), 2), partition=tens)
+
+
+def test_samplers_of_the_user_are_drawn_once_per_epoch_for_own_loaders_too():
+    sampler = Weighted(torch.ones(30), 30)
+    model = fit(own_loader(lambda it: it)(Own(30), 2, sampler=sampler))
+    for epoch in range(2):
+        shards = dealt(sampler.drawn[epoch])
+        assert [flat(model.seen[epoch, w]) for w in range(N)] == shards
+
+
+class Rows(Dataset):
+    """Returns one and the same object again and again."""
+
+    def __init__(self) -> None:
+        self.row = torch.arange(2)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        return self.row
+
+
+def test_objects_that_several_batches_hold_tell_nothing():
+    assert fit(own_loader(lambda it: it)(Rows(), None)).seen == fit(DataLoader(Rows(), None)).seen
