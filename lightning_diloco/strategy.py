@@ -20,13 +20,13 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import installation, readings
 from lightning_diloco._lightning.data import deal
+from lightning_diloco._lightning.hooks import does_something
 from lightning_diloco._lightning.io import atomic_by_default
 from lightning_diloco._lightning.process import StartMethod
 from lightning_diloco._lightning.samplers import Dealing
@@ -337,16 +337,20 @@ class DilocoStrategy(TeamStrategy):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            module = trainer.lightning_module
-            looking = ("on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end")
-            self.project_keeps_gradients = (
-                not module.automatic_optimization
-                or any(is_overridden(hook, module) for hook in looking)
-                or any(is_overridden("on_before_zero_grad", callback) for callback in self._callbacks)
-            )
             if self._algorithm.needs_gradients:
-                self._check_needs_gradients(module)
+                self._check_needs_gradients(trainer.lightning_module)
             self._initial_state = [copy_state(o.state) for o in flatten_optimizers(self.optimizers)]
+
+    def look_at_hooks(self) -> None:
+        """A step begins: hooks may be put on the module, and callbacks attached, at any time."""
+        module = self.lightning_module
+        looking = ("on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end")
+        self.project_keeps_gradients = (
+            module is None
+            or not module.automatic_optimization
+            or any(does_something(module, hook) for hook in looking)
+            or any(does_something(callback, "on_before_zero_grad") for callback in self._callbacks)
+        )
 
     def _check_needs_gradients(self, module: LightningModule) -> None:
         name = type(self._algorithm).__name__

@@ -102,7 +102,7 @@ def prepare(trainer: Trainer, world: World, per_worker: bool) -> None:
     """Processes and workers are known; ``per_worker`` keeps logged values of each worker, too."""
     results = trainer.fit_loop.epoch_loop._results
     assert isinstance(results, WorkerResults)
-    results.prepare(world, per_worker)
+    results.prepare(world, per_worker, trainer._logger_connector)
 
 
 def uninstall(trainer: Trainer) -> None:

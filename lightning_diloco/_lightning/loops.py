@@ -25,13 +25,13 @@ from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import set_epoch, split_batch
+from lightning_diloco._lightning.hooks import does_something, rank_of
 from lightning_diloco._lightning.launching import DilocoSignalConnector
-from lightning_diloco._lightning.results import WorkerResults
+from lightning_diloco._lightning.results import WorkerResults, mean_type
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy import DilocoStrategy
@@ -129,23 +129,25 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         if self._resumes_after_validation(data_fetcher):
             return
         trainer, engine = self.trainer, _strategy_of(self.trainer).engine
+        _strategy_of(trainer).look_at_hooks()
         connector = trainer._logger_connector
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         fetched, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
         self.batch_progress.is_last_batch = data_fetcher.done
         batches = self._transfer(split_batch(fetched, engine.local_workers))
-        batch = next(iter(batches.values()))  # callbacks see the first worker's, as on rank 0 under DDP
+        given = {w: batch for w, batch in batches.items() if batch is not None}
+        batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)
 
         outputs: dict[int, Outputs] = {}
         end_of_epoch = False
-        if all(b is None for b in batches.values()):
+        if len(given) < len(batches):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-        else:
+        if given:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            responses = self._module_hook("on_train_batch_start", batches, lambda w: (batches[w], batch_idx))
+            responses = self._module_hook("on_train_batch_start", given, lambda w: (given[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
             if end_of_epoch:
@@ -204,7 +206,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         trainer = self.trainer
         module = trainer.lightning_module
         owners = [o for o in (module, trainer.datamodule) if o is not None]
-        in_turn = any(is_overridden(hook, o) for hook in _TRANSFER_HOOKS for o in owners)
+        in_turn = any(does_something(o, hook) for hook in _TRANSFER_HOOKS for o in owners)
 
         def move(batch: Any) -> Any:
             batch = trainer.precision_plugin.convert_input(batch)
@@ -217,6 +219,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         for w, batch in batches.items():
             with self._turn(w, batch):
                 moved[w] = move(batch)
+        self._results_fold()
         return moved
 
     def _run_workers(self, batches: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
@@ -276,7 +279,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
     ) -> list[Any]:
         """A hook of the LightningModule, once per worker in its turn, as on every rank under DDP."""
         trainer = self.trainer
-        if not is_overridden(name, trainer.lightning_module):
+        if not does_something(trainer.lightning_module, name):
             return []
         responses = []
         for w, batch in batches.items():
@@ -295,7 +298,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             connector._first_loop_iter = False  # else the first log() of a hook drops the values of the workers before
         keep = keep_gradients or self._should_accumulate() or strategy.project_keeps_gradients
         try:
-            with results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
+            with rank_of(worker), results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
                 yield
         finally:
             connector._first_loop_iter = first_iteration
@@ -353,7 +356,9 @@ def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
         return next(iter(outputs.values()), None)
     first = next(iter(outputs.values()))
     losses = [o["loss"] for o in outputs.values() if isinstance(o.get("loss"), torch.Tensor)]
-    return {**first, "loss": torch.stack(losses).mean()} if "loss" in first else first
+    if not isinstance(first.get("loss"), torch.Tensor) or any(loss.numel() != 1 for loss in losses):
+        return first  # manual optimization may call anything its loss
+    return {**first, "loss": torch.stack([mean_type(loss).reshape(()) for loss in losses]).mean()}
 
 
 def _worker_values(results: _ResultCollection, on_step: bool) -> Mapping[str, float]:
