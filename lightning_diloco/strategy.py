@@ -196,6 +196,12 @@ class DilocoStrategy(TeamStrategy):
         return None if self._engine is None else self._engine.current_worker
 
     @property
+    @override
+    def is_global_zero(self) -> bool:
+        """Whether this is process 0, and the turn of worker 0 or nobody's."""
+        return super().is_global_zero and not self.current_worker
+
+    @property
     def local_steps(self) -> int:
         """Completed local steps; 0 before a fit, kept after it."""
         return 0 if self._engine is None else self._engine.local_steps

@@ -8,9 +8,6 @@ import lightning as L
 import pytest
 import torch
 from helpers import Net, loader, regression_data, trainer
-from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 

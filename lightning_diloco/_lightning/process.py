@@ -32,7 +32,6 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import LayerSync, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -43,12 +42,37 @@ from typing_extensions import override
 
 from lightning_diloco._lightning.data import DilocoDataConnector
 from lightning_diloco._lightning.launching import DilocoSignalConnector, ScriptLauncher, watch_parent
+from lightning_diloco._lightning.trainers import SharedStrategy
 from lightning_diloco.world import World, check_layout
 
 StartMethod = Literal["popen", "spawn", "fork"]
 
 
-class ProcessStrategy(SingleDeviceStrategy):
+class _Assignable:
+    """A number that the processes give, unless somebody assigns one: Lightning's single-device strategy has attributes.
+
+    What is assigned is what others read; the strategy itself goes by its processes.
+    """
+
+    def __init__(self, number: Callable[["ProcessStrategy"], int]) -> None:
+        self._number = number
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = f"_assigned_{name}"
+
+    def __get__(self, strategy: Any, owner: type | None = None) -> Any:
+        if strategy is None:
+            return self
+        return vars(strategy)[self._key] if self._key in vars(strategy) else self._number(strategy)
+
+    def __set__(self, strategy: Any, number: int) -> None:
+        vars(strategy)[self._key] = number
+
+    def __delete__(self, strategy: Any) -> None:
+        del vars(strategy)[self._key]
+
+
+class ProcessStrategy(SharedStrategy):
     """Runs a Trainer in one process, or in W = devices · machines of them.
 
     Args:
@@ -59,9 +83,6 @@ class ProcessStrategy(SingleDeviceStrategy):
         timeout: how long a process waits for others; None: torch's default.
         start_method: how further processes on this machine are started; None: "popen", in a notebook "fork".
     """
-
-    _trainers_accelerator: Accelerator | None = None
-    _trainers_precision: Precision | None = None
 
     def __init__(
         self,
@@ -75,87 +96,45 @@ class ProcessStrategy(SingleDeviceStrategy):
         timeout: timedelta | None,
         start_method: StartMethod | None,
     ) -> None:
-        # not SingleDeviceStrategy's, which makes ranks plain attributes
-        Strategy.__init__(self, accelerator=accelerator, checkpoint_io=checkpoint_io)
-        self._accelerator, self._precision_plugin = accelerator, precision_plugin
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self._num_workers = num_workers
-        self._machines = 1
-        self._parallel_devices = parallel_devices or []
-        self._sync_layers: LayerSync | None = None
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
-        self.cluster_environment = cluster_environment
         self.world = World(num_workers)
         self.in_loop = False  # whether training has begun and not ended
         self._group_is_ours = False  # whether it was not there before
         self._end_watch: Callable[[], None] = _nothing
 
-    # A Trainer sets accelerator and precision on its strategy, and refuses a strategy that brings its own. What came
-    # from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one after the
-    # other.
-
-    @property
-    @override
-    def accelerator(self) -> Accelerator | None:
-        return self._accelerator or self._trainers_accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Accelerator | None) -> None:
-        self._trainers_accelerator = accelerator
-
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        return self._precision_plugin or self._trainers_precision or Precision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._trainers_precision = precision_plugin
-
     # ---------------------------------------------------------------------------------------- who and where
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines, as in all of Lightning, which sets this attribute; the simulated workers are ``num_workers``."""
-        return self._machines
-
-    @num_nodes.setter
-    def num_nodes(self, machines: int) -> None:
-        self._machines = machines
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The devices of this machine, one per process; Lightning sets them."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        self._parallel_devices = devices
 
     @property
     def num_processes(self) -> int:
         """Processes on this machine."""
-        return max(1, len(self._parallel_devices))
+        return max(1, len(self._given.devices))
 
     @property
     def is_distributed(self) -> bool:
         """Whether there are several processes."""
-        return self.num_processes * self._machines > 1
+        return self._processes > 1
 
     @property
     @override
     def root_device(self) -> torch.device:
-        return self._parallel_devices[self.local_rank] if self._parallel_devices else torch.device("cpu")
+        return self._given.devices[self._rank_here] if self._given.devices else torch.device("cpu")
+
+    world_size: int = _Assignable(lambda strategy: strategy._processes)  # type: ignore[assignment]
+    global_rank: int = _Assignable(lambda strategy: strategy._rank)  # type: ignore[assignment]
+    local_rank: int = _Assignable(lambda strategy: strategy._rank_here)  # type: ignore[assignment]
 
     @property
-    def world_size(self) -> int:  # type: ignore[override]
-        return self.num_processes * self._machines
+    def _processes(self) -> int:
+        return self._given.processes
 
     @property
-    def global_rank(self) -> int:  # type: ignore[override]
+    def _rank(self) -> int:
         return self.cluster_environment.global_rank() if self.is_distributed and self.cluster_environment else 0
 
     @property
-    def local_rank(self) -> int:  # type: ignore[override]
+    def _rank_here(self) -> int:
         return self.cluster_environment.local_rank() if self.is_distributed and self.cluster_environment else 0
 
     @property
@@ -165,44 +144,44 @@ class ProcessStrategy(SingleDeviceStrategy):
     @property
     @override
     def is_global_zero(self) -> bool:
-        return self.global_rank == 0
+        return self._rank == 0
 
     def set_world_ranks(self) -> None:
         """Tells the cluster environment and Lightning's rank-zero decorators who this process is."""
         if self.is_distributed and self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.world_size)
-            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self._rank_here)
+            self.cluster_environment.set_world_size(self._processes)
+            rank_zero_only.rank = self._rank  # type: ignore[attr-defined]
 
     @property
+    @override
     def _layer_sync(self) -> LayerSync | None:
-        """Where Lightning puts what ``Trainer(sync_batchnorm=True)`` asks for."""
-        return self._sync_layers
+        return self._given.layer_sync
 
     @_layer_sync.setter
     def _layer_sync(self, layer_sync: LayerSync | None) -> None:
         if layer_sync is not None and self._num_workers > 1:
+            self._withdraw()
             raise MisconfigurationException(
                 "`Trainer(sync_batchnorm=True)` makes workers share each batch's statistics, and DiLoCo's workers meet"
                 " only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')` averages the"
                 " running statistics at each synchronisation."
             )
-        self._sync_layers = layer_sync
+        self._given.layer_sync = layer_sync
 
     # ---------------------------------------------------------------------------------------- starting and ending
 
     @override
-    def _configure_launcher(self) -> None:
-        """The last word of a Trainer's constructor to its strategy: devices and machines are known."""
+    def _make_launcher(self) -> None:
         self._launcher = None
-        asked = f" (`Trainer(devices={self.num_processes}, num_nodes={self._machines})`)"
-        check_layout(self._num_workers, self.world_size, started_by=asked)
+        asked = f" (`Trainer(devices={self.num_processes}, num_nodes={self._given.machines})`)"
+        check_layout(self._num_workers, self._processes, started_by=asked)
         if not self.is_distributed:
             return
         assert self.cluster_environment is not None
         method = self._start_method or ("fork" if _IS_INTERACTIVE else "popen")
         if method == "popen":
-            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._machines)
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._given.machines)
         else:
             self._launcher = _MultiProcessingLauncher(self, start_method=method)  # type: ignore[arg-type]
 
@@ -216,7 +195,7 @@ class ProcessStrategy(SingleDeviceStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         self.in_loop = False
-        size = self.world_size
+        size = self._processes
         if size == 1:
             self.world = World(self._num_workers)
             return
@@ -237,7 +216,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         if self._group_is_ours:
             atexit.unregister(_close_group)  # until this run has ended well: it would wait for a lost peer
         if self.world.group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
-            self.world = World(self._num_workers, self.global_rank, size)
+            self.world = World(self._num_workers, self._rank, size)
             self.world.connect(self._timeout, self.settings)
         self.world.signals, self.world.known_signals = set(), set()
 
@@ -248,9 +227,9 @@ class ProcessStrategy(SingleDeviceStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        if self._sync_layers is not None and self.is_distributed and trainer.state.fn == TrainerFn.FITTING:
+        if self._given.layer_sync is not None and self.is_distributed and trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None
-            self.model = self._sync_layers.apply(self.lightning_module)
+            self.model = self._given.layer_sync.apply(self.lightning_module)
         super().setup(trainer)
 
     @override
@@ -274,9 +253,9 @@ class ProcessStrategy(SingleDeviceStrategy):
             for name, (theirs, ours) in _CONNECTORS.items():
                 connector = getattr(trainer, name)
                 connector.__class__ = theirs if type(connector) is ours else type(connector)
-            if self._sync_layers is not None and self.is_distributed:
+            if self._given.layer_sync is not None and self.is_distributed:
                 assert self.lightning_module is not None
-                self._sync_layers.revert(self.lightning_module)
+                self._given.layer_sync.revert(self.lightning_module)
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         super().teardown()

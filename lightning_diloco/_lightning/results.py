@@ -58,7 +58,7 @@ class WorkerResults(_ResultCollection):
         self._worker = worker
         several = len(self._world.workers) > 1
         if several:
-            self._hide_other_workers()
+            self._hide_other_workers(worker)
         outside = self.batch, self.batch_size
         for collection in self._collections(worker):
             collection.batch, collection.batch_size = batch, None
@@ -76,12 +76,12 @@ class WorkerResults(_ResultCollection):
         connector = self._connector
         return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
 
-    def _hide_other_workers(self) -> None:
+    def _hide_other_workers(self, worker: int) -> None:
         if self._before is None:
             self._before = {key: metric._forward_cache for key, metric in self.items()}
             self._dicts_before = self._dicts_after = [dict(shown) for shown in self._shown]
         for key, metric in self.items():
-            metric._forward_cache = self._step_values.get(key, {}).get(self._worker, self._before.get(key))
+            metric._forward_cache = self._step_values.get(key, {}).get(worker, self._before.get(key))
         _refill(self._shown, self._dicts_before)
 
     @override
