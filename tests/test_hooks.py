@@ -8,6 +8,9 @@ import lightning as L
 import pytest
 import torch
 from helpers import Net, loader, regression_data, trainer
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -177,3 +180,169 @@ def test_outputs_of_manual_optimization_may_call_anything_their_loss(loss: Tenso
 
     trainer(DilocoStrategy(num_nodes=2, diloco_interval=2), max_steps=1, callbacks=[Look()]).fit(Manual(), loader())
     assert torch.equal(seen[0], loss)
+
+
+# -------------------------------------------------------------------------------------------- rank zero in a turn
+
+
+class Zero(Net):
+    """Notes who passes each kind of "only rank zero" in its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        self.passed: dict[str, list[int | None]] = {}
+
+    def note(self, kind: str) -> None:
+        self.passed.setdefault(kind, []).append(self.trainer.strategy.current_worker)
+
+    @rank_zero_only
+    def decorated(self) -> None:
+        self.note("rank_zero_only")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.is_global_zero:
+            self.note("is_global_zero")
+        self.decorated()
+        self.print("hello from", self.trainer.strategy.current_worker)
+        rank_zero_info(f"info from {self.trainer.strategy.current_worker}")
+        for logger in self.loggers:
+            logger.log_metrics({"mine": float(self.trainer.strategy.current_worker)}, step=batch_idx)
+        if isinstance(self.logger, TensorBoardLogger):
+            self.logger.experiment.add_scalar("raw", self.trainer.strategy.current_worker, batch_idx)
+        return self.loss(batch)
+
+
+class Outside(L.Callback):
+    """A callback of the common kind: files and prints on rank zero, in hooks between and inside turns."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int | None, bool]] = []
+
+    def note(self, hook: str, trainer: L.Trainer) -> None:
+        assert trainer.is_global_zero == (rank_zero_only.rank == 0)
+        self.seen.append((hook, trainer.strategy.current_worker, trainer.is_global_zero))
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.note("start", trainer)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        self.note("step", trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.note("end", trainer)
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        self.note("exception", trainer)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_in_a_turn_only_worker_zero_is_rank_zero(workers: int, tmp_path: Any, capsys: Any, caplog: Any) -> None:
+    module, callback = Zero(), Outside()
+    csv, board = CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")
+    t = trainer(
+        DilocoStrategy(num_nodes=workers, diloco_interval=2), max_steps=2, callbacks=[callback], logger=[board, csv]
+    )
+    with caplog.at_level("INFO"):
+        t.fit(module, loader())
+    assert module.passed == {"is_global_zero": [0, 0], "rank_zero_only": [0, 0]}
+    out = capsys.readouterr().out
+    assert out.count("hello from 0") == 2
+    assert "hello from 1" not in out
+    assert [r.message for r in caplog.records if r.message.startswith("info from")] == ["info from 0"] * 2
+    rows = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()
+    column = rows[0].split(",").index("mine")
+    assert [row.split(",")[column] for row in rows[1:] if row.split(",")[column]] == ["0.0", "0.0"]
+    one_step = [("start", None, True), *[("step", w, w == 0) for w in range(workers)], ("end", None, True)]
+    assert callback.seen == one_step * 2
+
+
+def test_rank_zero_is_back_after_an_exception_in_a_turn() -> None:
+    class Fails(Zero):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.trainer.strategy.current_worker == 2:
+                raise ValueError("worker 2 is ill")
+            return super().training_step(batch, batch_idx)
+
+    callback = Outside()
+    t = trainer(DilocoStrategy(num_nodes=3), max_steps=1, callbacks=[callback])
+    with pytest.raises(ValueError, match="ill"):
+        t.fit(Fails(), loader())
+    assert callback.seen[-1] == ("exception", None, True)
+    assert rank_zero_only.rank == 0
+    assert t.is_global_zero
+
+
+# -------------------------------------------------------------------------------------------- what a turn can read
+
+
+def test_a_workers_step_sees_no_metrics_of_the_workers_before_it() -> None:
+    """Worker w logs 10·batch + w; the step begins with the mean of the batch before, and later sees its own value."""
+    seen: list[tuple[int, int, Any, Any, Any]] = []
+
+    class Reads(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            t, w = self.trainer, self.trainer.strategy.current_worker
+            before = [m.get("value") for m in (t.callback_metrics, t.logged_metrics, t.progress_bar_metrics)]
+            assert f"only_{1 - min(w, 1)}" not in t.callback_metrics or batch_idx
+            self.log("value", 10.0 * batch_idx + w, prog_bar=True)
+            self.log(f"only_{min(w, 1)}", 1.0)
+            assert t.callback_metrics["value"] == 10.0 * batch_idx + w
+            assert t.progress_bar_metrics["value"] == 10.0 * batch_idx + w
+            seen.append((batch_idx, w, *before))
+            return self.loss(batch)
+
+    class After(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert trainer.callback_metrics["value"] == 10.0 * batch_idx + 1
+            assert trainer.callback_metrics.keys() >= {"only_0", "only_1"}
+
+    t = trainer(
+        DilocoStrategy(num_nodes=3, diloco_interval=2), max_epochs=1, limit_train_batches=3, callbacks=[After()]
+    )
+    t.fit(Reads(), loader(regression_data(36)))
+    for batch_idx, _, *before in seen:
+        assert before == ([10.0 * batch_idx - 9] * 3 if batch_idx else [None] * 3)
+    assert len(seen) == 9
+
+
+def test_what_worker_zero_writes_into_the_metrics_stays() -> None:
+    class Writes(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.trainer.callback_metrics["mine"] = torch.tensor(float(self.trainer.strategy.current_worker + 1))
+            return self.loss(batch)
+
+    t = trainer(DilocoStrategy(num_nodes=3, diloco_interval=2), max_steps=2)
+    t.fit(Writes(), loader())
+    assert t.callback_metrics["mine"] == 1
+
+
+# -------------------------------------------------------------------------------------------- no batch, no loss
+
+
+class Gaps(torch.utils.data.IterableDataset):
+    """One batch in four is None: with two workers every second one of worker 1's."""
+
+    def __iter__(self) -> Any:
+        for i in range(8):
+            yield None if i % 4 == 3 else [torch.ones(2, 3), torch.ones(2, 1)]
+
+
+def test_a_loader_that_yields_none_for_some_workers_is_warned_about() -> None:
+    starts: list[int] = []
+    ends: list[int] = []
+
+    class Notes(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            assert batch is not None
+            starts.append(self.trainer.strategy.current_worker)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert (outputs is None) == (batch is None)
+            ends.append(self.trainer.strategy.current_worker)
+
+    t = trainer(DilocoStrategy(num_nodes=2, diloco_interval=2), max_epochs=1)
+    source = torch.utils.data.DataLoader(Gaps(), batch_size=None)
+    with pytest.warns(UserWarning, match="train_dataloader yielded None"):
+        t.fit(Notes(), source)
+    assert starts == [0, 1, 0] * 2
+    assert ends == [0, 1] * 4

@@ -47,7 +47,9 @@ def test_a_second_trainer_with_other_settings_is_refused_before_the_first_has_ru
     shared, module = strategy(), Notes()
     one = trainer(shared, max_steps=2, **first)
     before = (one.precision, one.world_size, one.accelerator, one.precision_plugin, one.num_nodes)
-    with pytest.raises(ValueError, match=r"^The strategy belongs to Trainer\(.*Make a DilocoStrategy for each") as error:
+    with pytest.raises(
+        ValueError, match=r"^The strategy belongs to Trainer\(.*Make a DilocoStrategy for each"
+    ) as error:
         trainer(shared, max_steps=2, **second)
     assert all(name in str(error.value) for name in named)
     assert (one.precision, one.world_size, one.accelerator, one.precision_plugin, one.num_nodes) == before

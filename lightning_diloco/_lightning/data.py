@@ -32,6 +32,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.samplers import LEFT_OVER, NO_PARTITION, Dealing, WorkerSampler, worker_sampler
 from lightning_diloco.randomness import derive_seed
 
@@ -188,7 +189,7 @@ def _grouped(
 # -------------------------------------------------------------------------------------------- what is not dealt
 
 
-class DilocoDataConnector(_DataConnector):
+class DilocoDataConnector(Reclassed, _DataConnector):
     """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
 
     @override

@@ -20,7 +20,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
@@ -31,6 +31,7 @@ from typing_extensions import override
 from lightning_diloco._lightning.data import set_epoch, split_batch
 from lightning_diloco._lightning.hooks import does_something, rank_of
 from lightning_diloco._lightning.launching import DilocoSignalConnector
+from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ Outputs = dict[str, Any]
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-class DilocoFitLoop(_FitLoop):
+class DilocoFitLoop(Reclassed, _FitLoop):
     """The fit loop, which tells the strategy when training starts and ends."""
 
     @property
@@ -53,7 +54,8 @@ class DilocoFitLoop(_FitLoop):
         # `Strategy.process_dataloader` isn't told the stage, and `trainer.training` is True for validation loaders too
         with self._strategy.dealing_training_data():
             super().setup_data()
-        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher):
+            dealt = self._strategy.deals_training_data
+        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher) and dealt:
             raise MisconfigurationException(
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
                 " to its workers. Use `training_step(self, batch, batch_idx)`."
@@ -121,7 +123,7 @@ class DilocoFitLoop(_FitLoop):
         super().on_run_end()
 
 
-class DilocoEpochLoop(_TrainingEpochLoop):
+class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
     """The loop over batches: one Lightning step is one local step of every worker."""
 
     @override
@@ -132,11 +134,17 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         _strategy_of(trainer).look_at_hooks()
         connector = trainer._logger_connector
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
-        fetched, _, _ = next(data_fetcher)
-        batch_idx = self.batch_idx + 1
-        self.batch_progress.is_last_batch = data_fetcher.done
-        batches = self._transfer(split_batch(fetched, engine.local_workers))
-        given = {w: batch for w, batch in batches.items() if batch is not None}
+        iterator = None  # of a `training_step(self, dataloader_iter)`, which only a single worker can have
+        if isinstance(data_fetcher, _DataLoaderIterDataFetcher):
+            iterator, batch_idx = next(data_fetcher), data_fetcher._batch_idx
+            self.batch_progress.is_last_batch = data_fetcher.done
+            batches = given = dict.fromkeys(engine.local_workers, data_fetcher._batch)
+        else:
+            fetched, _, _ = next(data_fetcher)
+            batch_idx = self.batch_idx + 1
+            self.batch_progress.is_last_batch = data_fetcher.done
+            batches = self._transfer(split_batch(fetched, engine.local_workers))
+            given = {w: batch for w, batch in batches.items() if batch is not None}
         batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)
@@ -155,7 +163,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             else:
                 self.batch_progress.increment_started()
                 with trainer.profiler.profile("run_training_batch"):
-                    outputs = self._run_workers(batches, batch_idx)
+                    outputs = self._run_workers(given, batch_idx, iterator)
                 if not self.automatic_optimization._skip_backward:  # SWA's pass for BatchNorm statistics trains nothing
                     with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
                         if not trainer.lightning_module.automatic_optimization:
@@ -169,6 +177,10 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         if end_of_epoch:
             raise StopIteration
 
+        if isinstance(data_fetcher, _DataLoaderIterDataFetcher):  # the step has fetched
+            batch, batch_idx = data_fetcher._batch, data_fetcher._batch_idx
+            batches = dict.fromkeys(batches, batch)
+            self.batch_progress.is_last_batch = data_fetcher.done
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
         _obey_signals(trainer)
@@ -222,15 +234,17 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         self._results_fold()
         return moved
 
-    def _run_workers(self, batches: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
+    def _run_workers(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
         """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
         engine = _strategy_of(self.trainer).engine
         automatic = self.trainer.lightning_module.automatic_optimization
         active = engine.algorithm.active(engine.local_steps + 1)
         turns = {
-            w: self._build_kwargs(OrderedDict(), batch, batch_idx)
+            w: OrderedDict(any=iterator)
+            if iterator is not None
+            else self._build_kwargs(OrderedDict(), batch, batch_idx)
             for w, batch in batches.items()
-            if batch is not None and w in active
+            if w in active
         }
         stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
         if engine.algorithm.needs_gradients and automatic and stepping:
@@ -308,7 +322,21 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         self._results.fold()
 
 
-class DilocoValidationLoop(_EvaluationLoop):
+class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
+    """Automatic optimization, in which a worker may leave out a step wherever it is hosted."""
+
+    @override
+    def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
+        strategy = _strategy_of(self.trainer)
+        if strategy.world.team > 1:  # whose members are data-parallel: Lightning refuses a step without a loss
+            return super()._training_step(kwargs)
+        # Lightning refuses it in several processes, too, which wait for each other in every backward pass under DDP
+        output = call._call_strategy_hook(self.trainer, "training_step", *kwargs.values())
+        strategy.post_training_step()
+        return self.output_result_cls.from_training_step_output(output, self.trainer.accumulate_grad_batches)
+
+
+class DilocoValidationLoop(Reclassed, _EvaluationLoop):
     """Validation during fit, which sees the weights that ``eval_weights`` names."""
 
     @override

@@ -33,8 +33,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
@@ -42,6 +40,7 @@ from typing_extensions import override
 
 from lightning_diloco._lightning.data import DilocoDataConnector
 from lightning_diloco._lightning.launching import DilocoSignalConnector, ScriptLauncher, watch_parent
+from lightning_diloco._lightning.reclassed import give_back
 from lightning_diloco._lightning.trainers import SharedStrategy
 from lightning_diloco.world import World, check_layout
 
@@ -188,7 +187,7 @@ class ProcessStrategy(SharedStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        for name, (_, ours) in _CONNECTORS.items():
+        for name, ours in _CONNECTORS.items():
             getattr(model.trainer, name).__class__ = ours
 
     @override
@@ -250,9 +249,8 @@ class ProcessStrategy(SharedStrategy):
             self._leave_together()
         self._end_watch()
         if trainer is not None:
-            for name, (theirs, ours) in _CONNECTORS.items():
-                connector = getattr(trainer, name)
-                connector.__class__ = theirs if type(connector) is ours else type(connector)
+            for name in _CONNECTORS:
+                give_back(getattr(trainer, name))
             if self._given.layer_sync is not None and self.is_distributed:
                 assert self.lightning_module is not None
                 self._given.layer_sync.revert(self.lightning_module)
@@ -341,9 +339,9 @@ class ProcessStrategy(SharedStrategy):
         return isinstance(self._launcher, _MultiProcessingLauncher) and self.world.size == 1
 
 
-_CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → its class, and ours
-    "_signal_connector": (_SignalConnector, DilocoSignalConnector),
-    "_data_connector": (_DataConnector, DilocoDataConnector),
+_CONNECTORS: dict[str, type] = {  # attribute of the Trainer → its class during a run
+    "_signal_connector": DilocoSignalConnector,
+    "_data_connector": DilocoDataConnector,
 }
 
 

@@ -17,10 +17,11 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco.world import World
 
 
-class WorkerResults(_ResultCollection):
+class WorkerResults(Reclassed, _ResultCollection):
     """Lightning's collection of logged values, told whose turn it is.
 
     Private because nothing public sees several values of one key within a step: ``_ResultMetric._forward_cache`` keeps
