@@ -32,7 +32,7 @@ from lightning_diloco._lightning.process import StartMethod
 from lightning_diloco._lightning.samplers import Dealing
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
-from lightning_diloco.arguments import check_bool, check_choice, check_count, check_processes, outer_factory
+from lightning_diloco.arguments import as_integer, check_bool, check_choice, check_count, check_processes, outer_factory
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm import Ledger
 from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy
@@ -130,15 +130,15 @@ class DilocoStrategy(TeamStrategy):
         timeout: timedelta | None = None,
         start_method: StartMethod | None = None,
     ) -> None:
-        check_count("num_nodes", num_nodes, "simulated workers")
-        check_count("diloco_interval", diloco_interval, "local steps between outer steps")
+        num_nodes = check_count("num_nodes", num_nodes, "simulated workers")
+        diloco_interval = check_count("diloco_interval", diloco_interval, "local steps between outer steps")
         check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
         check_choice("buffers", buffers, ("average", "first", "local"))
         check_choice("inner_state", inner_state, ("keep", "reset", "average"))
         check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
         check_choice("reduction", reduction, ("auto", "ordered", "all_reduce"))
-        check_bool("final_sync", final_sync)
-        check_bool("share_frozen", share_frozen)
+        final_sync = check_bool("final_sync", final_sync)
+        share_frozen = check_bool("share_frozen", share_frozen)
         if partition is not None and not callable(partition):
             raise ValueError(
                 f"`partition` (={partition!r}) must be a callable `(dataset, num_workers) -> list of index lists`, or"
@@ -266,8 +266,10 @@ class DilocoStrategy(TeamStrategy):
         return self.engine.memory_report()
 
     def _checked_worker(self, worker: int) -> int:
-        if isinstance(worker, bool) or not isinstance(worker, int) or not 0 <= worker < self._num_workers:
+        found = as_integer(worker)
+        if found is None or not 0 <= found < self._num_workers:
             raise ValueError(f"Worker {worker!r} doesn't exist: `num_nodes` is {self._num_workers}, ids start at 0.")
+        worker = found
         if worker not in self.world.workers:
             raise ValueError(
                 f"Worker {worker} is hosted by process {self.world.host(worker)}; this is process {self.world.rank},"

@@ -18,11 +18,11 @@ class Reclassed:
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, (_, *arguments), state, *contents = reduced
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        _, (_, *arguments), state, *contents = reduced
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in _annotations(type(self))}
-        return make, (_lightnings(type(self)), *arguments), state, *contents
+        return _new, (_lightnings(type(self)), *arguments), state, *contents
 
 
 def give_back(holder: Any) -> None:
@@ -31,6 +31,10 @@ def give_back(holder: Any) -> None:
         for name in _annotations(type(holder)):
             vars(holder).pop(name, None)
         holder.__class__ = _lightnings(type(holder))
+
+
+def _new(cls: type, *arguments: Any) -> Any:
+    return cls.__new__(cls, *arguments)  # pickle's constructor insists on the class that the object has
 
 
 def _lightnings(cls: type) -> type:
