@@ -89,7 +89,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_bool(name: str, value: Any) -> bool:
     """True or False, and nothing that merely counts as one."""
-    if not _is_boolean(value) or getattr(value, "shape", ()):
+    if not _is_boolean(value) or getattr(value, "shape", None):
         raise ValueError(f"`{name}` (={value!r}) must be True or False.")
     return bool(value)
 
