@@ -344,6 +344,8 @@ def test_a_module_with_nothing_to_train_is_the_plain_run(kind: Any) -> None:
     assert t.global_step == ours.global_step
     assert kind is not Thaws or not torch.equal(start["net.0.weight"], replica.net[0].weight)
     assert_same(ours.strategy.outer_state_dict(), replica.state_dict())
+    trained = [p for p in replica.parameters() if p.requires_grad]
+    assert len(ours.strategy.outer_optimizer.param_groups[0]["params"]) == len(trained)
 
 
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")

@@ -118,6 +118,9 @@ def test_a_trainer_that_fails_in_its_constructor_leaves_the_strategy_to_the_one_
     assert (one.world_size, one.precision) == (1, "64-true")
     one.fit(module, loader())
     assert set(module.seen) == {torch.float64}
+    with pytest.raises(ValueError, match="can't share 2 workers"):  # found last, when all settings have been set
+        trainer(shared, devices=3)
+    assert (one.world_size, one.precision) == (1, "64-true")
 
 
 def test_what_the_strategy_brings_holds_in_all_trainers() -> None:
