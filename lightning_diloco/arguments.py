@@ -4,6 +4,7 @@ Owns no argument. Imports nothing of Lightning.
 """
 
 import inspect
+import operator
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -125,10 +126,26 @@ def class_name(value: Any) -> str:
 _PLAIN_MODULES = ("torch", "lightning_diloco", "builtins", "__main__", "__mp_main__")  # the last: a started process
 
 
-def check_count(name: str, value: Any, meaning: str) -> None:
+def as_integer(value: Any) -> int | None:
+    """``value`` as a Python integer, whichever library's it is; None for booleans and for all that isn't integral."""
+    if _is_boolean(value):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        return None
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+
+
+def check_count(name: str, value: Any, meaning: str) -> int:
     """An integer ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    count = as_integer(value)
+    if count is None or count < 1:
         raise ValueError(f"`{name}` (={value!r}) must be an integer ≥ 1: the number of {meaning}.")
+    return count
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -137,10 +154,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
 
 
-def check_bool(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> bool:
     """True or False, and nothing that merely counts as one."""
-    if not isinstance(value, bool):
+    if not _is_boolean(value) or getattr(value, "shape", None):
         raise ValueError(f"`{name}` (={value!r}) must be True or False.")
+    return bool(value)
 
 
 def check_processes(backend: Any, timeout: Any, start_method: Any) -> None:

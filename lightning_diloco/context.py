@@ -298,7 +298,8 @@ class SyncContext:
         The mean over the participants, if all have a floating tensor of the same shape and dtype; else, and with
         ``first``, the first participant's. Buffers that the first participant lacks are left out.
         """
-        layout, device = self.replicas.layout, next(iter(self.outer.tensors.values())).device
+        layout = self.replicas.layout
+        device = next((t.device for t in self.outer.tensors.values()), self.comm.world.device)
         leading = held[participants[0]]
         position = {name: i for i, name in enumerate(layout.module_names)}
         keys = {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}

@@ -38,7 +38,12 @@ from lightning_diloco.inner import InnerOptimizers
 from lightning_diloco.outer import Outer, OuterFactory
 from lightning_diloco.public import PublicModel
 from lightning_diloco.randomness import RandomStream, derive_seed, process_state
-from lightning_diloco.refusals import refuse_foreign_tensors, refuse_overlaps, refuse_unswappable
+from lightning_diloco.refusals import (
+    refuse_foreign_tensors,
+    refuse_overlaps,
+    refuse_unswappable,
+    refuse_untrainable,
+)
 from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers, is_floating, put_buffer
 from lightning_diloco.worker import ScalerOwner
 from lightning_diloco.world import World
@@ -106,9 +111,12 @@ class Engine:
         refuse_unswappable(module)
         layout = Layout(module, self.policies.share_frozen)
         self._seed = seed
-        self._device = self.world.device = layout.parameters[layout.trainable[0]].device
+        held = [*(layout.parameters[n] for n in layout.trainable), *module.parameters(), *module.buffers()]
+        self._device = self.world.device = held[0].device if held else torch.device("cpu")
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.own, outer_factory)
+        if not self._is_plain_run():
+            refuse_untrainable(module)
         self._public = PublicModel(self._replicas, self._outer)
         solo = num_workers == 1
         member = self.world.member

@@ -34,7 +34,10 @@ class Outer:
         self._trainable = layout.trainable
         for name in self._trainable:
             self.parameters[name].requires_grad_()
-        self.optimizer = factory([self.parameters[n] for n in self._trainable])
+        nothing = [] if self._trainable else [nn.Parameter(torch.zeros(0))]  # optimizers refuse an empty list
+        self.optimizer = factory([self.parameters[n] for n in self._trainable] + nothing)
+        if nothing:
+            self.refresh_trainable(layout)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         left_out = [n for n in self._trainable if id(self.parameters[n]) not in held]
         if left_out:

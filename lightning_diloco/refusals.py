@@ -16,7 +16,7 @@ from lightning_diloco.worker import flatten_optimizers
 
 
 def refuse_unswappable(module: nn.Module) -> None:
-    """Parameters without a shape, TorchScript, or nothing to train."""
+    """Parameters without a shape, and TorchScript."""
     for name, p in module.named_parameters():
         if isinstance(p, UninitializedParameter):
             raise ValueError(
@@ -30,6 +30,10 @@ def refuse_unswappable(module: nn.Module) -> None:
                 f"Submodule {name!r} of {type(module).__name__} is TorchScript, whose weights can't be swapped per"
                 " worker. Use the Python module, or `torch.compile` it."
             )
+
+
+def refuse_untrainable(module: nn.Module) -> None:
+    """Nothing to train."""
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no parameter with `requires_grad`, so there is nothing to synchronise."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_diloco.arguments import check_bool, check_count
+from lightning_diloco.arguments import as_integer, check_bool, check_count
 from lightning_diloco.evaluation import EvalStats, TrainStats
 from lightning_diloco.simulation import SimulatorCallback, SimulatorModule
 from lightning_diloco.strategy import DilocoStrategy
@@ -121,17 +121,16 @@ class DilocoSimulator:
     ) -> None:
         _check_class("model_cls", model_cls, nn.Module)
         _check_class("optimizer_cls", optimizer_cls, Optimizer)
-        for name, value, meaning in (
-            ("num_nodes", num_nodes, "simulated workers"),
-            ("diloco_interval", diloco_interval, "local steps between outer steps"),
-            ("batch_size", batch_size, "samples per worker and step"),
-            ("num_epochs", num_epochs, "passes over `train_dataset`"),
-            ("max_local_step", 1 if max_local_step is None else max_local_step, "local steps at most"),
-            ("eval_iters", eval_iters, "batches per evaluation"),
-            ("ckpt_interval", 1 if ckpt_interval is None else ckpt_interval, "outer steps between checkpoints"),
-        ):
-            check_count(name, value, meaning)
-        check_bool("cosine_anneal", cosine_anneal)
+        num_nodes = check_count("num_nodes", num_nodes, "simulated workers")
+        diloco_interval = check_count("diloco_interval", diloco_interval, "local steps between outer steps")
+        batch_size = check_count("batch_size", batch_size, "samples per worker and step")
+        num_epochs = check_count("num_epochs", num_epochs, "passes over `train_dataset`")
+        eval_iters = check_count("eval_iters", eval_iters, "batches per evaluation")
+        if max_local_step is not None:
+            max_local_step = check_count("max_local_step", max_local_step, "local steps at most")
+        if ckpt_interval is not None:
+            ckpt_interval = check_count("ckpt_interval", ckpt_interval, "outer steps between checkpoints")
+        cosine_anneal = check_bool("cosine_anneal", cosine_anneal)
         if not callable(loss_fn):
             raise ValueError(f"`loss_fn` (={loss_fn!r}) must be a callable `(model(x), y) -> loss`.")
         for name, hook in (("train_loss_hook", train_loss_hook), ("eval_loss_hook", eval_loss_hook)):
@@ -143,8 +142,9 @@ class DilocoSimulator:
             raise ValueError(
                 f"`ckpt_interval` (={ckpt_interval}) was given without `save_dir`. Say where the files go."
             )
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32):
-            raise ValueError(f"`seed` (={seed!r}) must be an integer from 0 to 2**32 - 1, or None.")
+        given_seed, seed = seed, as_integer(seed)
+        if given_seed is not None and (seed is None or not 0 <= seed < 2**32):
+            raise ValueError(f"`seed` (={given_seed!r}) must be an integer from 0 to 2**32 - 1, or None.")
         self._model_kwargs = _checked_kwargs("model_kwargs", model_kwargs, model_cls)
         self._optimizer_kwargs = _checked_kwargs("optimizer_kwargs", optimizer_kwargs, optimizer_cls, [])
         own = dict.fromkeys(_OWN_STRATEGY_ARGUMENTS, "the simulator's argument of the same name")

@@ -20,7 +20,6 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -28,12 +27,14 @@ from typing_extensions import override
 from lightning_diloco import checkpoint as checkpoint_format
 from lightning_diloco._lightning import installation, readings
 from lightning_diloco._lightning.data import deal
+from lightning_diloco._lightning.hooks import does_something
 from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.process import StartMethod
 from lightning_diloco._lightning.samplers import Dealing
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
 from lightning_diloco.arguments import (
+    as_integer,
     check_bool,
     check_choice,
     check_count,
@@ -140,15 +141,15 @@ class DilocoStrategy(TeamStrategy):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         before = set(vars(self))  # a subclass may have begun
-        check_count("num_nodes", num_nodes, "simulated workers")
-        check_count("diloco_interval", diloco_interval, "local steps between outer steps")
+        num_nodes = check_count("num_nodes", num_nodes, "simulated workers")
+        diloco_interval = check_count("diloco_interval", diloco_interval, "local steps between outer steps")
         check_choice("eval_weights", eval_weights, ("average", "outer", "worker"))
         check_choice("buffers", buffers, ("average", "first", "local"))
         check_choice("inner_state", inner_state, ("keep", "reset", "average"))
         check_choice("nonfinite", nonfinite, ("raise", "skip", "propagate"))
         check_choice("reduction", reduction, ("auto", "ordered", "all_reduce"))
-        check_bool("final_sync", final_sync)
-        check_bool("share_frozen", share_frozen)
+        final_sync = check_bool("final_sync", final_sync)
+        share_frozen = check_bool("share_frozen", share_frozen)
         if partition is not None and not callable(partition):
             raise ValueError(
                 f"`partition` (={partition!r}) must be a callable `(dataset, num_workers) -> list of index lists`, or"
@@ -208,6 +209,12 @@ class DilocoStrategy(TeamStrategy):
     def current_worker(self) -> int | None:
         """Global id of the worker whose turn it is, None between turns."""
         return None if self._engine is None else self._engine.current_worker
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        """Whether this is process 0, and the turn of worker 0 or nobody's."""
+        return super().is_global_zero and not self.current_worker
 
     @property
     def local_steps(self) -> int:
@@ -274,8 +281,10 @@ class DilocoStrategy(TeamStrategy):
         return self.engine.memory_report()
 
     def _checked_worker(self, worker: int) -> int:
-        if isinstance(worker, bool) or not isinstance(worker, int) or not 0 <= worker < self._num_workers:
+        found = as_integer(worker)
+        if found is None or not 0 <= found < self._num_workers:
             raise ValueError(f"Worker {worker!r} doesn't exist: `num_nodes` is {self._num_workers}, ids start at 0.")
+        worker = found
         if worker not in self.world.workers:
             raise ValueError(
                 f"Worker {worker} is hosted by process {self.world.host(worker)}; this is process {self.world.rank},"
@@ -367,16 +376,20 @@ class DilocoStrategy(TeamStrategy):
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            module = trainer.lightning_module
-            looking = ("on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end")
-            self.project_keeps_gradients = (
-                not module.automatic_optimization
-                or any(is_overridden(hook, module) for hook in looking)
-                or any(is_overridden("on_before_zero_grad", callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-            )
             if self._algorithm.needs_gradients:
-                self._check_needs_gradients(module)
+                self._check_needs_gradients(trainer.lightning_module)
             self._initial_state = [copy_state(o.state) for o in flatten_optimizers(self.optimizers)]
+
+    def look_at_hooks(self) -> None:
+        """A step begins: hooks may be put on the module, and callbacks attached, at any time."""
+        module = self.lightning_module
+        looking = ("on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end")
+        self.project_keeps_gradients = (
+            module is None
+            or not module.automatic_optimization
+            or any(does_something(module, hook) for hook in looking)
+            or any(does_something(callback, "on_before_zero_grad") for callback in self._callbacks)
+        )
 
     def _check_needs_gradients(self, module: LightningModule) -> None:
         name = type(self._algorithm).__name__

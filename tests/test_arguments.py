@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+import numpy
 import pytest
 import torch
 from helpers import Net, copy_of, loader, regression_data, trainer
@@ -15,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_diloco import Diloco, DilocoStrategy, SyncAlgorithm
+from lightning_diloco import Diloco, DilocoSimulator, DilocoStrategy, SyncAlgorithm
 
 
 class Project(Net):
@@ -316,3 +317,57 @@ def test_training_step_with_an_iterator_is_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match=re.escape("fetches batches by itself")):
         trainer(DilocoStrategy(num_nodes=2), max_steps=1).fit(Fetches(), loader())
+
+
+INTEGERS = [numpy.int64(2), numpy.uint8(2), numpy.array(2), torch.tensor(2)]
+
+
+@pytest.mark.parametrize("two", INTEGERS)
+def test_integers_of_other_libraries_are_integers(two: Any, tmp_path: Any) -> None:
+    true = numpy.bool_(True)
+    strategy = DilocoStrategy(num_nodes=two, diloco_interval=two, final_sync=true, share_frozen=numpy.bool_(False))
+    t = trainer(strategy, max_steps=3)
+    t.fit(Net(), loader())
+    assert (strategy.num_workers, strategy.outer_steps) == (2, 2)
+    assert strategy.worker_state_dict(two - 1).keys() == strategy.worker_state_dict(1).keys()
+    with strategy.weights(two - 1):
+        pass
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    again = DilocoStrategy(num_nodes=2, diloco_interval=2)
+    trainer(again, max_steps=4).fit(Net(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert again.local_steps == 4
+
+
+@pytest.mark.parametrize("two", INTEGERS)
+def test_integers_of_other_libraries_are_integers_in_the_simulator(two: Any, tmp_path: Any) -> None:
+    simulator = DilocoSimulator(
+        model_cls=torch.nn.Linear,
+        model_kwargs={"in_features": 3, "out_features": 1},
+        num_nodes=two,
+        diloco_interval=two,
+        batch_size=two,
+        loss_fn=torch.nn.functional.mse_loss,
+        train_dataset=regression_data(24),
+        eval_dataset=regression_data(8),
+        num_epochs=two,
+        max_local_step=two + two,
+        eval_iters=two,
+        ckpt_interval=two - 1,
+        save_dir=tmp_path,
+        seed=two,
+        cosine_anneal=numpy.bool_(False),
+        trainer_kwargs={"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"},
+    )
+    simulator.train()
+    assert {p.name for p in tmp_path.iterdir()} >= {"step=000002.ckpt", "step=000004.ckpt"}
+
+
+@pytest.mark.parametrize("bad", [numpy.bool_(True), torch.tensor(True), numpy.float64(2), torch.tensor(2.0), "2"])
+def test_booleans_and_floats_of_other_libraries_are_no_integers(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^`num_nodes` \(=.*\) must be an integer ≥ 1"):
+        DilocoStrategy(num_nodes=bad)
+    strategy = DilocoStrategy(2)
+    trainer(strategy, max_steps=1).fit(Net(), loader())
+    with pytest.raises(ValueError, match="doesn't exist"):
+        strategy.worker_state_dict(bad)

@@ -3,6 +3,7 @@
 "N=1, outer SGD lr 1, no momentum ≡ plain `Trainer` (bit for bit, any dtype, because 'assign the mean')."
 """
 
+import pickle
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ import pytest
 import torch
 from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import lr_scheduler
 
 from lightning_diloco import DilocoStrategy
@@ -248,3 +251,176 @@ def test_one_worker_without_a_sync_in_reach_trains_as_the_plain_run_through_the_
         for own, other in zip(ours.optimizers, plain.optimizers, strict=True):
             assert str(own.state_dict()) == str(other.state_dict())
         assert ours.global_step == plain.global_step
+
+
+def plain() -> DilocoStrategy:
+    return DilocoStrategy(1, 3, outer_optimizer_kwargs=PLAIN)
+
+
+class Fetches(Net):
+    """Fetches its batches by itself, two per step."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        first, _, _ = next(dataloader_iter)
+        second, self.last, _ = next(dataloader_iter)
+        return self.loss(first) + self.loss(second)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert batch_idx == self.last
+        self.ends = [*getattr(self, "ends", []), batch[0].clone()]
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"max_steps": 5}, {"max_epochs": 1, "limit_train_batches": 8}])
+def test_a_training_step_that_fetches_its_batches_is_the_plain_run(options: Any) -> None:
+    runs = []
+    for strategy in ("auto", plain()):
+        L.seed_everything(5)
+        module = Fetches()
+        t = trainer(strategy, **options)
+        t.fit(module, loader())
+        runs.append((t, module))
+    (t, module), (ours, replica) = runs
+    assert_same(module.state_dict(), replica.state_dict())
+    assert (t.global_step, t.current_epoch) == (ours.global_step, ours.current_epoch)
+    assert all(torch.equal(a, b) for a, b in zip(module.ends, replica.ends, strict=True))
+    assert ours.strategy.local_steps == ours.global_step
+
+
+class MemoryBank(L.LightningModule):
+    """Collects features and trains nothing, as anomaly detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Linear(3, 2).requires_grad_(False)
+        self.register_buffer("bank", torch.zeros(0, 2))
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.bank = torch.cat([self.bank, self.backbone(batch[0])])
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+class NoParameters(MemoryBank):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.backbone
+        self.automatic_optimization = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.bank = torch.cat([self.bank, batch[0][:, :2]])
+
+
+class Thaws(Net):
+    """Everything is frozen until the second epoch; until then there is no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.requires_grad_(True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if self.current_epoch else None
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("kind", [MemoryBank, NoParameters, Thaws])
+def test_a_module_with_nothing_to_train_is_the_plain_run(kind: Any) -> None:
+    runs = []
+    for strategy in ("auto", plain()):
+        L.seed_everything(5)
+        module = kind()
+        start = copy_of(module.state_dict())
+        t = trainer(strategy, max_epochs=3)
+        t.fit(module, loader())
+        runs.append((t, module))
+    (t, module), (ours, replica) = runs
+    assert_same(module.state_dict(), replica.state_dict())
+    assert t.global_step == ours.global_step
+    assert kind is not Thaws or not torch.equal(start["net.0.weight"], replica.net[0].weight)
+    assert_same(ours.strategy.outer_state_dict(), replica.state_dict())
+    trained = [p for p in replica.parameters() if p.requires_grad]
+    assert len(ours.strategy.outer_optimizer.param_groups[0]["params"]) == len(trained)
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_several_workers_refuse_a_module_with_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="MemoryBank has no parameter with `requires_grad`"):
+        trainer(DilocoStrategy(2), max_epochs=1).fit(MemoryBank(), loader())
+
+
+def test_ranks_and_world_size_are_assignable_as_those_of_a_single_device() -> None:
+    strategy = plain()
+    t = trainer(strategy, max_steps=2)
+    strategy.world_size, strategy.global_rank, strategy.local_rank = 4, 3, 1
+    assert (t.world_size, t.global_rank, t.local_rank, t.is_global_zero) == (4, 3, 1, True)
+    t.fit(Net(), loader())
+    assert strategy.local_steps == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategy, "world_size", 8)
+        assert t.world_size == 8
+    del strategy.world_size
+    assert t.world_size == 1
+
+
+def test_profilers_see_lightnings_names() -> None:
+    recorded = []
+    for strategy in ("auto", plain(), DilocoStrategy(3, 3)):
+        profiler = SimpleProfiler()
+        trainer(strategy, max_epochs=1, profiler=profiler, num_sanity_val_steps=0).fit(
+            Net(), loader(), loader(shuffle=False)
+        )
+        recorded.append({name for name in profiler.recorded_durations if "Loop]" in name})
+    assert recorded[0] == recorded[1] == recorded[2]
+    assert "[_TrainingEpochLoop].train_dataloader_next" in recorded[0]
+
+
+class Silent(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_trainers_loops_are_lightnings_and_pickle_after_a_fit(workers: int) -> None:
+    t = trainer(DilocoStrategy(workers, 3) if workers > 1 else plain(), max_steps=4)
+    parts = ("fit_loop", "_data_connector", "_signal_connector", "_logger_connector")
+    before = [type(getattr(t, part)) for part in parts]
+    attributes = set(vars(t.fit_loop.epoch_loop._results))
+    t.fit(Silent(), loader())
+    assert [type(getattr(t, part)) for part in parts] == before
+    assert type(t.fit_loop.epoch_loop.automatic_optimization).__module__.startswith("lightning.")
+    assert set(vars(t.fit_loop.epoch_loop._results)) == attributes
+    assert pickle.loads(pickle.dumps(t.fit_loop.epoch_loop._results)) == {}
+
+
+def test_copies_of_loops_made_during_a_fit_are_lightnings() -> None:
+    copies: list[Any] = []
+
+    class Copies(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
+            loops = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop._results
+            for loop in (*loops, trainer._data_connector, trainer.fit_loop.epoch_loop.automatic_optimization):
+                copies.extend(loop.__reduce_ex__(protocol)[1][0] for protocol in (0, 2, pickle.HIGHEST_PROTOCOL))
+            copies.append(type(pickle.loads(pickle.dumps(loops[2]))))
+
+    trainer(DilocoStrategy(2, 3), max_steps=2, callbacks=[Copies()]).fit(Net(), loader())
+    assert len(copies) == 16
+    assert all(cls.__module__.startswith("lightning.") for cls in copies)
+
+
+def test_what_patches_backward_of_lightnings_strategy_is_obeyed(monkeypatch: Any) -> None:
+    calls: list[int] = []
+    original = SingleDeviceStrategy.backward
+
+    def backward(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(self, loss, *args, **kwargs)
+
+    monkeypatch.setattr(SingleDeviceStrategy, "backward", backward, raising=False)
+    trainer(DilocoStrategy(2, 3), max_steps=2).fit(Net(), loader())
+    assert len(calls) == 4

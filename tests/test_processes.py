@@ -13,6 +13,7 @@ import pytest
 import schedulefree
 import torch
 import torch.distributed as dist
+import torchmetrics
 from helpers import Net, loader, regression_data, trainer
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
@@ -592,6 +593,76 @@ def test_a_validation_by_the_clock_comes_after_the_same_step_everywhere(tmp_path
     first, second = run(fit, 2, out=tmp_path / "out")
     assert first == second
     assert first
+
+
+class Gap(Project):
+    """Worker 1 leaves out its second step, worker 3 its third; another may log an integer metric of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        worker = self.trainer.strategy.current_worker
+        self.count(worker)
+        self.log("count", self.count, on_step=True, on_epoch=True, sync_dist=True)
+        self.log("truth", torch.tensor(worker > 1), on_step=True, on_epoch=True, sync_dist=True)
+        loss = super().training_step(batch, batch_idx)
+        return None if (worker, batch_idx) in ((1, 1), (3, 2)) else loss
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = WholeSum()
+
+
+class WholeSum(torchmetrics.Metric):
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, value: int) -> None:
+        self.total += value
+
+    def compute(self) -> Any:
+        return self.total
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.filterwarnings("ignore:You called `self.log.*needs to be floating")
+def test_a_worker_may_leave_out_a_step_wherever_it_is_hosted_and_log_whole_numbers(tmp_path: Path) -> None:
+    def fit() -> dict[str, Any]:
+        L.seed_everything(3)
+        strategy, module, steps = DilocoStrategy(num_nodes=4, diloco_interval=2, reduction="ordered"), Gap(), Watch()
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        t = trainer(strategy, devices=size, max_steps=4, default_root_dir=tmp_path, callbacks=[steps])
+        t.fit(module, loader())
+        logged = {k: v.item() for k, v in t.callback_metrics.items() if k.startswith(("count", "truth"))}
+        weights = {k: v for k, v in module.state_dict().items() if not k.startswith("count")}
+        return {"weights": weights, "logged": logged, "local": strategy.local_steps, "steps": steps.steps}
+
+    (one,) = run(fit, 1, out=tmp_path / "one")
+    two = run(fit, 2, out=tmp_path / "two")
+    assert one["logged"]["count_step"] == 1.5  # workers 0, 1, 2, 3
+    assert one["logged"]["truth_step"] == 0.5
+    for process in two:
+        for name, value in one["weights"].items():
+            assert same_bits(process["weights"][name], value), name
+        assert process["local"] == one["local"] == 4
+        assert process["logged"] == one["logged"]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_team_cannot_leave_out_a_step(tmp_path: Path) -> None:
+    def fit() -> str:
+        class Nothing(Plain):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                return None
+
+        with pytest.raises(RuntimeError) as error:
+            trainer(DilocoStrategy(2), devices=4, max_steps=2, default_root_dir=tmp_path).fit(Nothing(), loader())
+        return str(error.value)
+
+    assert {m.partition(" in")[0] for m in run(fit, 4, out=tmp_path / "out")} == {
+        "Skipping the `training_step` by returning None"
+    }
 
 
 def test_workers_may_log_in_an_order_of_their_own(tmp_path: Path) -> None:

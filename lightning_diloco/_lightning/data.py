@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.samplers import (
     LEFT_OVER,
     NO_PARTITION,
@@ -533,7 +534,7 @@ class _NotingIterator:
 # -------------------------------------------------------------------------------------------- what is not dealt
 
 
-class DilocoDataConnector(_DataConnector):
+class DilocoDataConnector(Reclassed, _DataConnector):
     """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
 
     @override

@@ -24,13 +24,20 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lightning_diloco._lightning.data import original
-from lightning_diloco._lightning.loops import DilocoEpochLoop, DilocoFitLoop, DilocoValidationLoop
+from lightning_diloco._lightning.loops import (
+    DilocoAutomaticOptimization,
+    DilocoEpochLoop,
+    DilocoFitLoop,
+    DilocoValidationLoop,
+)
+from lightning_diloco._lightning.reclassed import give_back
 from lightning_diloco._lightning.results import WorkerResults
 from lightning_diloco.world import World
 
 _CLASSES: dict[type, type] = {
     _FitLoop: DilocoFitLoop,
     _TrainingEpochLoop: DilocoEpochLoop,
+    _AutomaticOptimization: DilocoAutomaticOptimization,
     _EvaluationLoop: DilocoValidationLoop,
     _ResultCollection: WorkerResults,
 }
@@ -53,6 +60,7 @@ _SIGNATURES: dict[tuple[type, str], Sequence[str]] = {
     (_AutomaticOptimization, "run"): ("self", "optimizer", "batch_idx", "kwargs"),
     (_AutomaticOptimization, "_make_closure"): ("self", "kwargs", "optimizer", "batch_idx"),
     (_AutomaticOptimization, "_optimizer_step"): ("self", "batch_idx", "train_step_and_backward_closure"),
+    (_AutomaticOptimization, "_training_step"): ("self", "kwargs"),
     (_ManualOptimization, "run"): ("self", "kwargs"),
     (_LoggerConnector, "on_batch_start"): ("self", "batch", "dataloader_idx"),
     (_LoggerConnector, "on_batch_end"): ("self",),
@@ -102,7 +110,7 @@ def prepare(trainer: Trainer, world: World, per_worker: bool) -> None:
     """Processes and workers are known; ``per_worker`` keeps logged values of each worker, too."""
     results = trainer.fit_loop.epoch_loop._results
     assert isinstance(results, WorkerResults)
-    results.prepare(world, per_worker)
+    results.prepare(world, per_worker, trainer._logger_connector)
 
 
 def uninstall(trainer: Trainer) -> None:
@@ -112,11 +120,10 @@ def uninstall(trainer: Trainer) -> None:
         fit_loop._combined_loader.reset()  # ends the processes of the dealt loaders, which are about to be let go
         fit_loop._data_fetcher = None  # its own teardown would now ask the loader for a length that it no longer knows
         fit_loop._combined_loader.flattened = [original(loader) for loader in fit_loop._combined_loader.flattened]
-    back = {diloco: own for own, diloco in _CLASSES.items()}
     for holder in _live_objects(trainer):
-        holder.__class__ = back.get(type(holder), type(holder))
+        give_back(holder)
 
 
 def _live_objects(trainer: Trainer) -> list[Any]:
     epoch_loop = trainer.fit_loop.epoch_loop
-    return [trainer.fit_loop, epoch_loop, epoch_loop.val_loop, epoch_loop._results]
+    return [trainer.fit_loop, epoch_loop, epoch_loop.automatic_optimization, epoch_loop.val_loop, epoch_loop._results]

@@ -18,6 +18,8 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_diloco._lightning.reclassed import Reclassed
+
 if TYPE_CHECKING:
     from lightning_diloco._lightning.process import ProcessStrategy
 
@@ -91,7 +93,7 @@ def _watch(parent: int, over: threading.Event, spare: Callable[[], bool]) -> Non
             os._exit(1)
 
 
-class DilocoSignalConnector(_SignalConnector):
+class DilocoSignalConnector(Reclassed, _SignalConnector):
     """What signals do where several workers train: they wait until all workers are at the same step.
 
     Lightning's handler of SIGTERM broadcasts in the middle of whatever the processes are doing, and its loop broadcasts

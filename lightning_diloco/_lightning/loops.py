@@ -20,18 +20,19 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import is_dealt, set_epoch, show_first_workers, split_batch
+from lightning_diloco._lightning.hooks import does_something, rank_of
 from lightning_diloco._lightning.launching import DilocoSignalConnector
-from lightning_diloco._lightning.results import WorkerResults
+from lightning_diloco._lightning.reclassed import Reclassed
+from lightning_diloco._lightning.results import WorkerResults, mean_type
 
 if TYPE_CHECKING:
     from lightning_diloco.strategy import DilocoStrategy
@@ -41,7 +42,7 @@ Outputs = dict[str, Any]
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-class DilocoFitLoop(_FitLoop):
+class DilocoFitLoop(Reclassed, _FitLoop):
     """The fit loop, which tells the strategy when training starts and ends."""
 
     @property
@@ -54,9 +55,10 @@ class DilocoFitLoop(_FitLoop):
         before = None if self._combined_loader is None else self._combined_loader.flattened
         with self._strategy.dealing_training_data():
             super().setup_data()
+            dealt = self._strategy.deals_training_data
         if self._combined_loader is not None and self._combined_loader.flattened is not before:
             show_first_workers(self._combined_loader)
-        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher):
+        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher) and dealt:
             raise MisconfigurationException(
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
                 " to its workers. Use `training_step(self, batch, batch_idx)`."
@@ -124,7 +126,7 @@ class DilocoFitLoop(_FitLoop):
         super().on_run_end()
 
 
-class DilocoEpochLoop(_TrainingEpochLoop):
+class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
     """The loop over batches: one Lightning step is one local step of every worker."""
 
     @override
@@ -133,16 +135,24 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             return
         trainer, strategy = self.trainer, _strategy_of(self.trainer)
         engine, module = strategy.engine, trainer.lightning_module
+        strategy.look_at_hooks()
         connector = trainer._logger_connector
         strategy.follow_optimizers()
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
-        fetched, _, _ = next(data_fetcher)
-        batch_idx = self.batch_idx + 1
-        self.batch_progress.is_last_batch = data_fetcher.done
-        workers, combined = engine.local_workers, data_fetcher.combined_loader
-        # what no loader was dealt for is handed through untouched
-        batches = self._transfer(split_batch(fetched, workers) if is_dealt(combined) else {workers[0]: fetched})
-        batch = next(iter(batches.values()))  # callbacks see the first worker's, as on rank 0 under DDP
+        iterator = None  # of a `training_step(self, dataloader_iter)`, which only a single worker can have
+        if isinstance(data_fetcher, _DataLoaderIterDataFetcher):
+            iterator, batch_idx = next(data_fetcher), data_fetcher._batch_idx
+            self.batch_progress.is_last_batch = data_fetcher.done
+            batches = given = dict.fromkeys(engine.local_workers, data_fetcher._batch)
+        else:
+            fetched, _, _ = next(data_fetcher)
+            batch_idx = self.batch_idx + 1
+            self.batch_progress.is_last_batch = data_fetcher.done
+            workers, combined = engine.local_workers, data_fetcher.combined_loader
+            # what no loader was dealt for is handed through untouched
+            batches = self._transfer(split_batch(fetched, workers) if is_dealt(combined) else {workers[0]: fetched})
+            given = {w: batch for w, batch in batches.items() if batch is not None}
+        batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)
 
@@ -153,14 +163,12 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         def end_hook() -> None:
             self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
 
-        if all(b is None for b in batches.values()):
+        if len(given) < len(batches):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-        else:
+        if given:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            left = {
-                w: b for w, b in batches.items() if w not in engine.torn_step
-            }  # all, but in a step torn by an error
-            responses = self._module_hook("on_train_batch_start", left, lambda w: (batches[w], batch_idx))
+            left = {w: b for w, b in given.items() if w not in engine.torn_step}  # all, but in a step torn by an error
+            responses = self._module_hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
             if end_of_epoch:
@@ -168,7 +176,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             else:
                 self.batch_progress.increment_started()
                 with trainer.profiler.profile("run_training_batch"):
-                    outputs = self._run_workers(left, batch_idx)
+                    outputs = self._run_workers(left, batch_idx, iterator)
                 if not module.automatic_optimization and engine.num_workers > 1:
                     end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
                     end_hook_is_due = False
@@ -185,6 +193,10 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         if end_of_epoch:
             raise StopIteration
 
+        if isinstance(data_fetcher, _DataLoaderIterDataFetcher):  # the step has fetched
+            batch, batch_idx = data_fetcher._batch, data_fetcher._batch_idx
+            batches = dict.fromkeys(batches, batch)
+            self.batch_progress.is_last_batch = data_fetcher.done
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         if end_hook_is_due:
             with engine.counted_batch(counted):
@@ -234,7 +246,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         trainer = self.trainer
         module = trainer.lightning_module
         owners = [o for o in (module, trainer.datamodule) if o is not None]
-        in_turn = any(is_overridden(hook, o) for hook in _TRANSFER_HOOKS for o in owners)
+        in_turn = any(does_something(o, hook) for hook in _TRANSFER_HOOKS for o in owners)
 
         def move(batch: Any) -> Any:
             batch = trainer.precision_plugin.convert_input(batch)
@@ -247,17 +259,20 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         for w, batch in batches.items():
             with self._turn(w, batch):
                 moved[w] = move(batch)
+        self._results_fold()
         return moved
 
-    def _run_workers(self, batches: Mapping[int, Any], batch_idx: int) -> dict[int, Outputs]:
+    def _run_workers(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
         """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
         engine = _strategy_of(self.trainer).engine
         automatic = self.trainer.lightning_module.automatic_optimization
         active = engine.algorithm.active(engine.local_steps + 1)
         turns = {
-            w: self._build_kwargs(OrderedDict(), batch, batch_idx)
+            w: OrderedDict(any=iterator)
+            if iterator is not None
+            else self._build_kwargs(OrderedDict(), batch, batch_idx)
             for w, batch in batches.items()
-            if batch is not None and w in active
+            if w in active
         }
         stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
         counters = _Counters(self.automatic_optimization, self.manual_optimization)
@@ -300,7 +315,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
     ) -> list[Any]:
         """A hook of the LightningModule, once per worker in its turn, as on every rank under DDP."""
         trainer = self.trainer
-        if not is_overridden(name, trainer.lightning_module):
+        if not does_something(trainer.lightning_module, name):
             return []
         responses = []
         for w, batch in batches.items():
@@ -319,7 +334,7 @@ class DilocoEpochLoop(_TrainingEpochLoop):
             connector._first_loop_iter = False  # else the first log() of a hook drops the values of the workers before
         keep = keep_gradients or self._should_accumulate() or strategy.project_keeps_gradients
         try:
-            with results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
+            with rank_of(worker), results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
                 yield
                 strategy.follow_optimizers()  # which is refused here
         finally:
@@ -330,7 +345,21 @@ class DilocoEpochLoop(_TrainingEpochLoop):
         self._results.fold()
 
 
-class DilocoValidationLoop(_EvaluationLoop):
+class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
+    """Automatic optimization, in which a worker may leave out a step wherever it is hosted."""
+
+    @override
+    def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
+        strategy = _strategy_of(self.trainer)
+        if strategy.world.team > 1:  # whose members are data-parallel: Lightning refuses a step without a loss
+            return super()._training_step(kwargs)
+        # Lightning refuses it in several processes, too, which wait for each other in every backward pass under DDP
+        output = call._call_strategy_hook(self.trainer, "training_step", *kwargs.values())
+        strategy.post_training_step()
+        return self.output_result_cls.from_training_step_output(output, self.trainer.accumulate_grad_batches)
+
+
+class DilocoValidationLoop(Reclassed, _EvaluationLoop):
     """Validation during fit, which sees the weights that ``eval_weights`` names."""
 
     @override
@@ -418,7 +447,9 @@ def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
         return next(iter(outputs.values()), None)
     first = next(iter(outputs.values()))
     losses = [o["loss"] for o in outputs.values() if isinstance(o.get("loss"), torch.Tensor)]
-    return {**first, "loss": torch.stack(losses).mean()} if "loss" in first else first
+    if not isinstance(first.get("loss"), torch.Tensor) or any(loss.numel() != 1 for loss in losses):
+        return first  # manual optimization may call anything its loss
+    return {**first, "loss": torch.stack([mean_type(loss).reshape(()) for loss in losses]).mean()}
 
 
 def _worker_values(results: _ResultCollection, on_step: bool) -> Mapping[str, float]:

@@ -32,25 +32,46 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import LayerSync, Precision, TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
-from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco._lightning.data import DilocoDataConnector
-from lightning_diloco._lightning.io import AtomicCheckpointIO
 from lightning_diloco._lightning.launching import CopyLauncher, DilocoSignalConnector, ScriptLauncher, watch_parent
+from lightning_diloco._lightning.reclassed import give_back
+from lightning_diloco._lightning.trainers import SharedStrategy
 from lightning_diloco.world import World, check_layout
 
 StartMethod = Literal["popen", "spawn", "fork"]
 
 
-class ProcessStrategy(SingleDeviceStrategy):
+class _Assignable:
+    """A number that the processes give, unless somebody assigns one: Lightning's single-device strategy has attributes.
+
+    What is assigned is what others read; the strategy itself goes by its processes.
+    """
+
+    def __init__(self, number: Callable[["ProcessStrategy"], int]) -> None:
+        self._number = number
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = f"_assigned_{name}"
+
+    def __get__(self, strategy: Any, owner: type | None = None) -> Any:
+        if strategy is None:
+            return self
+        return vars(strategy)[self._key] if self._key in vars(strategy) else self._number(strategy)
+
+    def __set__(self, strategy: Any, number: int) -> None:
+        vars(strategy)[self._key] = number
+
+    def __delete__(self, strategy: Any) -> None:
+        del vars(strategy)[self._key]
+
+
+class ProcessStrategy(SharedStrategy):
     """Runs a Trainer in one process, or in W = devices · machines of them.
 
     Args:
@@ -61,9 +82,6 @@ class ProcessStrategy(SingleDeviceStrategy):
         timeout: how long a process waits for others; None: torch's default.
         start_method: how further processes on this machine are started; None: "popen", in a notebook "fork".
     """
-
-    _trainers_accelerator: Accelerator | None = None
-    _trainers_precision: Precision | None = None
 
     def __init__(
         self,
@@ -77,102 +95,45 @@ class ProcessStrategy(SingleDeviceStrategy):
         timeout: timedelta | None,
         start_method: StartMethod | None,
     ) -> None:
-        # not SingleDeviceStrategy's, which makes ranks plain attributes
-        Strategy.__init__(self, accelerator=accelerator, checkpoint_io=checkpoint_io)
-        self._trainers_checkpoint_io: CheckpointIO | None = None
-        self._checkpoint_io_is_new = False  # set since the last Trainer was made
-        self._default_checkpoint_io = AtomicCheckpointIO()
-        self._accelerator, self._precision_plugin = accelerator, precision_plugin
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self._num_workers = num_workers
-        self._machines = 1
-        self._parallel_devices = parallel_devices or []
-        self._sync_layers: LayerSync | None = None
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
-        self.cluster_environment = cluster_environment
         self.world = World(num_workers)
         self.in_loop = False  # whether training has begun and not ended
         self._group_is_ours = False  # whether it was not there before
         self._end_watch: Callable[[], None] = _nothing
 
-    # A Trainer sets accelerator, precision and CheckpointIO on its strategy, and refuses a strategy that brings its
-    # own. What came from a Trainer is therefore kept apart, so that one strategy object can serve several Trainers, one
-    # after the other.
-
-    @property
-    @override
-    def accelerator(self) -> Accelerator | None:
-        return self._accelerator or self._trainers_accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Accelerator | None) -> None:
-        self._trainers_accelerator = accelerator
-
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        return self._precision_plugin or self._trainers_precision or Precision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._trainers_precision = precision_plugin
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        io = self._checkpoint_io or self._trainers_checkpoint_io or self._default_checkpoint_io
-        if isinstance(io, _WrappingCheckpointIO):
-            io.checkpoint_io = TorchCheckpointIO()  # as Lightning does; ignored where there is one inside
-        return io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO | None) -> None:
-        self._trainers_checkpoint_io, self._checkpoint_io_is_new = io, True
-
     # ---------------------------------------------------------------------------------------- who and where
-
-    @property
-    def num_nodes(self) -> int:
-        """Machines, as in all of Lightning, which sets this attribute; the simulated workers are ``num_workers``."""
-        return self._machines
-
-    @num_nodes.setter
-    def num_nodes(self, machines: int) -> None:
-        self._machines = machines
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The devices of this machine, one per process; Lightning sets them."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        self._parallel_devices = devices
 
     @property
     def num_processes(self) -> int:
         """Processes on this machine."""
-        return max(1, len(self._parallel_devices))
+        return max(1, len(self._given.devices))
 
     @property
     def is_distributed(self) -> bool:
         """Whether there are several processes."""
-        return self.num_processes * self._machines > 1
+        return self._processes > 1
 
     @property
     @override
     def root_device(self) -> torch.device:
-        return self._parallel_devices[self.local_rank] if self._parallel_devices else torch.device("cpu")
+        return self._given.devices[self._rank_here] if self._given.devices else torch.device("cpu")
+
+    world_size: int = _Assignable(lambda strategy: strategy._processes)  # type: ignore[assignment]
+    global_rank: int = _Assignable(lambda strategy: strategy._rank)  # type: ignore[assignment]
+    local_rank: int = _Assignable(lambda strategy: strategy._rank_here)  # type: ignore[assignment]
 
     @property
-    def world_size(self) -> int:  # type: ignore[override]
-        return self.num_processes * self._machines
+    def _processes(self) -> int:
+        return self._given.processes
 
     @property
-    def global_rank(self) -> int:  # type: ignore[override]
+    def _rank(self) -> int:
         return self.cluster_environment.global_rank() if self.is_distributed and self.cluster_environment else 0
 
     @property
-    def local_rank(self) -> int:  # type: ignore[override]
+    def _rank_here(self) -> int:
         return self.cluster_environment.local_rank() if self.is_distributed and self.cluster_environment else 0
 
     @property
@@ -182,47 +143,44 @@ class ProcessStrategy(SingleDeviceStrategy):
     @property
     @override
     def is_global_zero(self) -> bool:
-        return self.global_rank == 0
+        return self._rank == 0
 
     def set_world_ranks(self) -> None:
         """Tells the cluster environment and Lightning's rank-zero decorators who this process is."""
         if self.is_distributed and self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.world_size)
-            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self._rank_here)
+            self.cluster_environment.set_world_size(self._processes)
+            rank_zero_only.rank = self._rank  # type: ignore[attr-defined]
 
     @property
+    @override
     def _layer_sync(self) -> LayerSync | None:
-        """Where Lightning puts what ``Trainer(sync_batchnorm=True)`` asks for."""
-        return self._sync_layers
+        return self._given.layer_sync
 
     @_layer_sync.setter
     def _layer_sync(self, layer_sync: LayerSync | None) -> None:
         if layer_sync is not None and self._num_workers > 1:
+            self._withdraw()
             raise MisconfigurationException(
                 "`Trainer(sync_batchnorm=True)` makes workers share each batch's statistics, and DiLoCo's workers meet"
                 " only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')` averages the"
                 " running statistics at each synchronisation."
             )
-        self._sync_layers = layer_sync
+        self._given.layer_sync = layer_sync
 
     # ---------------------------------------------------------------------------------------- starting and ending
 
     @override
-    def _configure_launcher(self) -> None:
-        """The last word of a Trainer's constructor to its strategy: devices and machines are known."""
+    def _make_launcher(self) -> None:
         self._launcher = None
-        if not self._checkpoint_io_is_new:  # it is an earlier Trainer's
-            self._trainers_checkpoint_io = None
-        self._checkpoint_io_is_new = False
-        asked = f" (`Trainer(devices={self.num_processes}, num_nodes={self._machines})`)"
-        check_layout(self._num_workers, self.world_size, started_by=asked)
+        asked = f" (`Trainer(devices={self.num_processes}, num_nodes={self._given.machines})`)"
+        check_layout(self._num_workers, self._processes, started_by=asked)
         if not self.is_distributed:
             return
         assert self.cluster_environment is not None
         method = self._start_method or ("fork" if _IS_INTERACTIVE else "popen")
         if method == "popen":
-            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._machines)
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._given.machines)
         else:
             self._launcher = CopyLauncher(self, start_method=method)  # type: ignore[arg-type]
 
@@ -232,23 +190,14 @@ class ProcessStrategy(SingleDeviceStrategy):
         trainer = self._trainer_here
         if trainer is None:  # the Trainer's connectors are used without a run
             return
-        if self._trainers_accelerator is None:  # a copy, in a copy of a Trainer, whose constructor has not run
-            trainer._accelerator_connector._lazy_init_strategy()
-            if self.is_distributed:
-                raise MisconfigurationException(
-                    f"This Trainer is a copy (from `pickle` or `copy`) of one with {self.world_size} processes, and"
-                    " copies don't start processes. Make a new Trainer with the same arguments."
-                )
-        if not self._checkpoint_io_is_new:  # nobody has set one by hand
-            self._trainers_checkpoint_io = trainer._accelerator_connector.checkpoint_io
-        for name, (_, ours) in _CONNECTORS.items():
+        for name, ours in _CONNECTORS.items():
             getattr(trainer, name).__class__ = ours
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
         self.in_loop = False
-        size = self.world_size
+        size = self._processes
         if size == 1:
             self.world = World(self._num_workers)
             return
@@ -269,7 +218,7 @@ class ProcessStrategy(SingleDeviceStrategy):
         if self._group_is_ours:
             atexit.unregister(_close_group)  # until this run has ended well: it would wait for a lost peer
         if self.world.group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
-            self.world = World(self._num_workers, self.global_rank, size)
+            self.world = World(self._num_workers, self._rank, size)
             self.world.connect(self._timeout, self.settings)
         self.world.signals, self.world.known_signals = set(), set()
 
@@ -280,9 +229,9 @@ class ProcessStrategy(SingleDeviceStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        if self._sync_layers is not None and self.is_distributed and trainer.state.fn == TrainerFn.FITTING:
+        if self._given.layer_sync is not None and self.is_distributed and trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None
-            self.model = self._sync_layers.apply(self.lightning_module)
+            self.model = self._given.layer_sync.apply(self.lightning_module)
         super().setup(trainer)
 
     @override
@@ -303,12 +252,11 @@ class ProcessStrategy(SingleDeviceStrategy):
             self._leave_together()
         self._end_watch()
         if trainer is not None:
-            for name, (theirs, ours) in _CONNECTORS.items():
-                connector = getattr(trainer, name)
-                connector.__class__ = theirs if type(connector) is ours else type(connector)
-            if self._sync_layers is not None and self.is_distributed:
+            for name in _CONNECTORS:
+                give_back(getattr(trainer, name))
+            if self._given.layer_sync is not None and self.is_distributed:
                 assert self.lightning_module is not None
-                self._sync_layers.revert(self.lightning_module)
+                self._given.layer_sync.revert(self.lightning_module)
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         super().teardown()
@@ -399,9 +347,9 @@ class ProcessStrategy(SingleDeviceStrategy):
         return isinstance(self._launcher, CopyLauncher) and self.world.size == 1
 
 
-_CONNECTORS: dict[str, tuple[type, type]] = {  # attribute of the Trainer → its class, and ours
-    "_signal_connector": (_SignalConnector, DilocoSignalConnector),
-    "_data_connector": (_DataConnector, DilocoDataConnector),
+_CONNECTORS: dict[str, type] = {  # attribute of the Trainer → its class during a run
+    "_signal_connector": DilocoSignalConnector,
+    "_data_connector": DilocoDataConnector,
 }
 
 

@@ -4,19 +4,24 @@ Owns folding the values of one step, and the optional per-worker copies. Epoch v
 accumulates them over all calls of ``self.log``, weighted by each worker's batch size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _get_default_dtype,
+    _ResultCollection,
+)
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco.world import World
 
 
-class WorkerResults(_ResultCollection):
+class WorkerResults(Reclassed, _ResultCollection):
     """Lightning's collection of logged values, told whose turn it is.
 
     Private because nothing public sees several values of one key within a step: ``_ResultMetric._forward_cache`` keeps
@@ -29,27 +34,56 @@ class WorkerResults(_ResultCollection):
     _reduce: Callable[..., Any]
     _visited: str  # which metric Lightning is reducing, in words
     _own: dict[int, _ResultCollection]
+    _connector: _LoggerConnector
+    _before: dict[str, Any] | None  # the step values that a pass over the workers began with; None between passes
+    _dicts_before: list[dict[str, Any]]
+    _dicts_after: list[dict[str, Any]]
 
-    def prepare(self, world: World, per_worker: bool) -> None:
+    def prepare(self, world: World, per_worker: bool, connector: _LoggerConnector) -> None:
         """Called once after re-classing; ``per_worker`` keeps a complete collection for each worker too."""
         self._worker = None
         self._step_values = {}
         self._world = world
+        self._connector = connector
+        self._before = None
         self._visited = "by a hook"
         self._own = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
     def turn(self, worker: int, batch: Any) -> Iterator[None]:
-        """What is logged inside is ``worker``'s, about ``batch`` (from which Lightning reads the batch size)."""
+        """What is logged inside is ``worker``'s, about ``batch`` (from which Lightning reads the batch size).
+
+        ``trainer.callback_metrics`` and its like show the values that the pass over the workers began with, and those
+        that ``worker`` logs; from the last turn to :meth:`fold`, worker 0's.
+        """
         self._worker = worker
+        several = len(self._world.workers) > 1
+        if several:
+            self._hide_other_workers(worker)
         outside = self.batch, self.batch_size
         for collection in self._collections(worker):
             collection.batch, collection.batch_size = batch, None
         try:
             yield
         finally:
+            if several and worker == self._world.workers[0]:
+                self._dicts_after = [dict(shown) for shown in self._shown]
             self._worker = None
             self.batch, self.batch_size = outside
+
+    @property
+    def _shown(self) -> list[dict[str, Any]]:
+        """Lightning's dicts of metrics, which grow whenever somebody reads the Trainer's properties."""
+        connector = self._connector
+        return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
+
+    def _hide_other_workers(self, worker: int) -> None:
+        if self._before is None:
+            self._before = {key: metric._forward_cache for key, metric in self.items()}
+            self._dicts_before = self._dicts_after = [dict(shown) for shown in self._shown]
+        for key, metric in self.items():
+            metric._forward_cache = self._step_values.get(key, {}).get(worker, self._before.get(key))
+        _refill(self._shown, self._dicts_before)
 
     @override
     def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,16 +121,19 @@ class WorkerResults(_ResultCollection):
         """After the workers' turns: the step value of a key becomes its reduction over those who logged it."""
         shared = {key: list(v.values()) for key, v in self._step_values.items() if self[key].meta.sync.should}
         if shared and self._world.size > 1:
-            numbers = {key: [v.item() for v in values] for key, values in shared.items()}
+            numbers = {key: [v.tolist() for v in values] for key, values in shared.items()}
             everybody = self._world.meet("self.log(..., sync_dist=True)", numbers)
             for key, (like, *_) in shared.items():
-                shared[key] = [torch.full_like(like, v) for theirs in everybody for v in theirs.get(key, [])]
+                numbers_of_key = [v for theirs in everybody for v in theirs.get(key, [])]
+                kind = {"dtype": mean_type(like).dtype, "device": like.device}
+                shared[key] = [torch.tensor(v, **kind) for v in numbers_of_key]
         for key, by_worker in self._step_values.items():
             metric, values = self[key], shared.get(key, list(by_worker.values()))
-            if len(values) > 1:
-                device = values[0].device
-                metric._forward_cache = _reduction(metric.meta)(torch.stack([v.to(device) for v in values]))
+            metric._forward_cache = values[0] if len(values) == 1 else _reduced(values, metric.meta)
         self._step_values = {}
+        if self._before is not None:
+            self._before = None
+            _refill(self._shown, self._dicts_after)
 
     def worker_values(self, on_step: bool) -> Mapping[str, float]:
         """``key/worker_i`` → value, for all workers and all keys meant for loggers."""
@@ -127,12 +164,23 @@ def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
 
-def _reduction(meta: Any) -> Any:
-    """The metric's own ``reduce_fx``, for values of one step stacked over workers."""
+def _refill(live: list[dict[str, Any]], contents: list[dict[str, Any]]) -> None:
+    """Writes ``contents`` into the dicts that others hold."""
+    for shown, content in zip(live, contents, strict=True):
+        shown.clear()
+        shown.update(content)
+
+
+def mean_type(value: Tensor) -> Tensor:
+    """``value`` in a type that has a mean, by Lightning's rule for numbers that are logged."""
+    return value if value.is_floating_point() else value.to(_get_default_dtype())
+
+
+def _reduced(values: Sequence[Tensor], meta: Any) -> Tensor:
+    """The reduction of ``self.log(reduce_fx=)`` over the workers' values of one step."""
+    stacked = torch.stack([mean_type(v).to(values[0].device) for v in values])
     if meta.is_mean_reduction:
-        return torch.mean
+        return stacked.mean(0)
     if meta.is_max_reduction:
-        return torch.max
-    if meta.is_min_reduction:
-        return torch.min
-    return torch.sum if meta.is_sum_reduction else meta.reduce_fx
+        return stacked.amax(0)
+    return stacked.amin(0) if meta.is_min_reduction else stacked.sum(0)

@@ -56,13 +56,15 @@ class TeamStrategy(ProcessStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The base class's, with the mean before ``on_after_backward``, as under DDP."""
+        """The base class's; in a team with the mean before ``on_after_backward``, as under DDP."""
+        if self.world.team == 1:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         module = self.lightning_module
         assert module is not None
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-        if self.world.team > 1 and not (module.automatic_optimization and accumulating(module.trainer)):
+        if not (module.automatic_optimization and accumulating(module.trainer)):
             self._average_gradients()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)

@@ -1,0 +1,40 @@
+"""Hooks that the project brings, and who may write to loggers and the terminal while one runs.
+
+Owns two questions: whether calling a hook can do anything, and what "rank zero" means in a worker's turn. Private
+because Lightning's ``is_overridden`` looks through decorators and misses hooks that were put on the instance, and
+because its rank-zero decorators read an attribute of a function.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.core.hooks import ModelHooks
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+_FILES = {inspect.getfile(base) for base in (LightningModule, ModelHooks, LightningDataModule, Callback)}
+
+
+def does_something(owner: Any, hook: str) -> bool:
+    """Whether calling ``owner.hook`` runs anything but the method that Lightning's base classes define.
+
+    By where the code stands, so that a patched base class and a wrapper on the instance count as the project's.
+    """
+    called = getattr(owner, hook)
+    if not isinstance(called, MethodType) or not isinstance(called.__func__, FunctionType):
+        return True
+    return called.__func__.__code__.co_filename not in _FILES
+
+
+@contextmanager
+def rank_of(worker: int) -> Iterator[None]:
+    """Inside, ``rank_zero_only`` and all that builds on it run for worker 0 alone, as on the ranks of DDP."""
+    process: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    rank_zero_only.rank = process or worker  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        rank_zero_only.rank = process  # type: ignore[attr-defined]
