@@ -68,16 +68,19 @@ def configured(algorithm: SyncAlgorithm, factory: OuterFactory) -> dict[str, Any
     The outer optimizer's arguments include its defaults, so that naming a default makes no difference.
     """
     optimizer = trial_optimizer(factory)
-    first, *further = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     given = factory.keywords if isinstance(factory, partial) else {}
-    arguments = {**given, **optimizer.defaults, **first}
-    arguments |= {f"{k} of group {i}": v for i, group in enumerate(further, start=1) for k, v in group.items()}
     return {
         "algorithm": class_name(type(algorithm)),
         "arguments of the algorithm": plain_value(_arguments_of(algorithm)),
         "outer_optimizer_cls": class_name(type(optimizer)),
-        "outer_optimizer_kwargs": plain_value(arguments),
+        "outer_optimizer_kwargs": plain_value({**given, **optimizer.defaults}),
     }
+
+
+def configured_groups(optimizer: Optimizer) -> dict[str, Any]:
+    """The same for the parameter groups of an outer optimizer that has just been made."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return {"groups of the outer optimizer": {f"group {i}": plain_value(group) for i, group in enumerate(groups)}}
 
 
 def _arguments_of(algorithm: SyncAlgorithm) -> dict[str, Any]:

@@ -213,10 +213,15 @@ def check(checkpoint: Mapping[str, Any], num_workers: int, settings: Packed, sou
             f" {done} local steps into a round. The number of workers can change only at a synchronisation: resume"
             f" from a checkpoint of local step {state['round_start']} or {state['round_start'] + state['interval']}."
         )
-    _check_settings(state["settings"], settings, source)
+    check_settings(state["settings"], settings, source)
 
 
-def _check_settings(saved: Packed, given: Packed, source: str) -> None:
+def check_settings(saved: Packed, given: Packed, source: str) -> None:
+    """Whether the run that wrote a file had the settings that are given now.
+
+    Raises:
+        ValueError: names those that differ, with both values.
+    """
     different = [key for key in given if saved.get(key) != given[key]]
     if not different:
         return

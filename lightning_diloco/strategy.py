@@ -40,6 +40,7 @@ from lightning_diloco.arguments import (
     check_count,
     check_processes,
     configured,
+    configured_groups,
     outer_factory,
 )
 from lightning_diloco.callback import DilocoCallback
@@ -182,6 +183,7 @@ class DilocoStrategy(TeamStrategy):
         self._policies = Policies(eval_weights, buffers, inner_state, nonfinite, share_frozen)
         self._final_sync = final_sync
         self._partition = partition
+        self._settings_of_file: dict[str, Any] = {}
         self._engine: Engine | None = None
         self._trial = False  # LR finder and batch-size finder run the fit loop before the fit proper
         self._seed = 0
@@ -443,8 +445,11 @@ class DilocoStrategy(TeamStrategy):
             world=self.world,
             ordered=self._ordered,
         )
+        groups = configured_groups(self._engine.outer_optimizer)
         if self._resumed is not None:
+            checkpoint_format.check_settings(self._resumed["settings"], groups, "The checkpoint")
             self._engine.resume(self._resumed)
+        self._settings_of_file = {**self._configured, **groups}
 
     @property
     def awaits_final_sync(self) -> bool:
@@ -527,7 +532,9 @@ class DilocoStrategy(TeamStrategy):
             trainer = self._trainer_here
             cycles = trainer is not None and readings.cycles_loaders(trainer)
             loader = readings.detach_loader_state(checkpoint["loops"], cycles) if dealt else None
-            checkpoint["diloco"] = checkpoint_format.complete(state, self._configured, loader, checkpoint["state_dict"])
+            checkpoint["diloco"] = checkpoint_format.complete(
+                state, self._settings_of_file, loader, checkpoint["state_dict"]
+            )
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override
