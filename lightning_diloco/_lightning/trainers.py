@@ -214,14 +214,10 @@ class SharedStrategy(SingleDeviceStrategy):
         if (*objects, connector.checkpoint_io, devices, machines) == last.made_by:
             return
         processes = max(1, len(devices)) * machines
-        if not last.made_by and processes > 1:
-            raise MisconfigurationException(
-                f"This Trainer is a copy (from `pickle` or `copy`) of one with {processes} processes, and copies don't"
-                " start processes. Make a new Trainer with the same arguments."
-            )
+        is_copy = not last.made_by  # no constructor has set anything
         if processes == last.processes > 1:
             return  # which have started with the other Trainer's settings: the same ones, else it would be refused
-        if processes > 1 or last.processes > 1:
+        if not is_copy and (processes > 1 or last.processes > 1):
             raise ValueError(
                 f"This Trainer can't run: it has {processes} processes, and its strategy was given to {last} since it"
                 f" was made. Make a {type(self).__name__} for each Trainer."
@@ -230,3 +226,8 @@ class SharedStrategy(SingleDeviceStrategy):
         self._asked = True
         connector._lazy_init_strategy()
         last.has_run = ran
+        if is_copy and processes > 1:
+            raise MisconfigurationException(
+                f"This Trainer is a copy (from `pickle` or `copy`) of one with {processes} processes, and copies don't"
+                " start processes. Make a new Trainer with the same arguments."
+            )
