@@ -8,8 +8,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
 from lightning_diloco.callback import DilocoCallback
-from lightning_diloco.evaluation import EvalStats, TrainStats
-from lightning_diloco.simulator import DilocoSimulator
+from lightning_diloco.simulator.facade import DilocoSimulator
+from lightning_diloco.simulator.metrics import EvalStats, TrainStats
 from lightning_diloco.strategy import DilocoStrategy
 
 __version__ = "0.1.0"

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_diloco.algorithms import SyncAlgorithm
-from lightning_diloco.outer import OuterFactory, trial_optimizer
+from lightning_diloco.state.outer import OuterFactory, trial_optimizer
+
+StartMethod = Literal["popen", "spawn", "fork"]
 
 
 def outer_factory(
@@ -151,10 +153,10 @@ def check_count(name: str, value: Any, meaning: str) -> int:
     return count
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """One of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, choices))}.")
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """One of the values of ``choices``, a ``Literal``."""
+    if value not in get_args(choices):
+        raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, get_args(choices)))}.")
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -173,4 +175,4 @@ def check_processes(backend: Any, timeout: Any, start_method: Any) -> None:
     if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta(0)):
         raise ValueError(f"`timeout` (={timeout!r}) must be a positive datetime.timedelta, or None.")
     if start_method is not None:
-        check_choice("start_method", start_method, ("popen", "spawn", "fork"))
+        check_choice("start_method", start_method, StartMethod)

@@ -57,9 +57,7 @@ class DilocoCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        from lightning_diloco.strategy import DilocoStrategy
-
-        if not isinstance(trainer.strategy, DilocoStrategy):
+        if getattr(trainer.strategy, "strategy_name", None) != "diloco":  # by name: the strategy imports this module
             raise MisconfigurationException(
                 f"DilocoCallback reports the outer steps of a DilocoStrategy, but the Trainer's strategy is"
                 f" {type(trainer.strategy).__name__}. Pass `Trainer(strategy=DilocoStrategy(...))` or remove the"

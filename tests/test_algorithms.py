@@ -13,9 +13,9 @@ from torch.utils.data import DistributedSampler
 
 from lightning_diloco import DilocoCallback, DilocoStrategy, OuterStepReport, SyncAlgorithm
 from lightning_diloco.algorithms import Diloco
-from lightning_diloco.comm import Comm
-from lightning_diloco.engine import Engine
-from lightning_diloco.world import World
+from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.world import World
+from lightning_diloco.engine.engine import Engine
 
 
 class PeriodicAveraging(SyncAlgorithm):
@@ -151,16 +151,16 @@ def test_gossip() -> None:
     assert not torch.equal(states[0][key], states[2][key])
     gossiped = sum(e.payload_bytes for e in strategy.ledger.entries if e.what == "gossip")
     assert gossiped == len(seen) * 4 * sum(p.numel() for p in Net().parameters())
-    slot = strategy.engine.context.replicas.slot(0, "partner")
+    slot = strategy._engine.context.replicas.slot(0, "partner")
     assert slot.keys() == dict(Net().named_parameters()).keys()
     assert any(t.abs().sum() > 0 for t in slot.values())
-    assert all((t == 0).all() for t in strategy.engine.context.replicas.slot(2, "partner").values())
+    assert all((t == 0).all() for t in strategy._engine.context.replicas.slot(2, "partner").values())
 
 
 def test_workers_that_are_not_active_stand_still() -> None:
     strategy, _ = run(OneAtATime(), max_epochs=1)
     steps = [
-        {int(s["step"].item()) for s in strategy.engine.context.inner.workers[w].states[0].values()} for w in range(3)
+        {int(s["step"].item()) for s in strategy._engine.context.inner.workers[w].states[0].values()} for w in range(3)
     ]
     assert steps == [{2}, {2}, {2}]
     assert strategy.local_steps == 6
@@ -172,7 +172,7 @@ def test_publish_decides_what_others_see() -> None:
             return {n: -t for n, t in self.ctx.outer.tensors.items()}
 
     strategy, module = run(Negative())
-    for name, theta in strategy.engine.outer_tensors.items():
+    for name, theta in strategy._engine.outer_tensors.items():
         assert torch.equal(dict(module.named_parameters())[name], -theta)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_diloco import Diloco, DilocoStrategy
-from lightning_diloco import checkpoint as checkpoint_format
+from lightning_diloco.engine import checkpoint as checkpoint_format
 
 SEED = 5
 
@@ -89,7 +89,7 @@ class Save(L.Callback):
 
 def everything(t: Any, module: Any, draws: Global) -> dict[str, Any]:
     strategy = t.strategy
-    inner = strategy.engine.context.inner
+    inner = strategy._engine.context.inner
     return {
         "module": copy_of(module.state_dict()),
         "outer": strategy.outer_state_dict(),
@@ -342,7 +342,7 @@ def test_n_may_change_at_a_synchronisation_only() -> None:
 
         class Look(L.Callback):
             def on_train_start(self, trainer, pl_module, starts=starts):
-                inner = trainer.strategy.engine.context.inner
+                inner = trainer.strategy._engine.context.inner
                 starts.append([len(w.states[0]) for w in inner.workers.values()])
                 theta = trainer.strategy.outer_state_dict()
                 for w in trainer.strategy.local_workers:
@@ -500,7 +500,7 @@ def test_files_of_other_strategies_start_all_workers_from_them_and_ours_resume_e
         def on_train_start(self, trainer, pl_module):
             for w in trainer.strategy.local_workers:
                 starts.append(trainer.strategy.worker_state_dict(w))
-                steps = [int(s["step"]) for s in trainer.strategy.engine.context.inner.workers[w].states[0].values()]
+                steps = [int(s["step"]) for s in trainer.strategy._engine.context.inner.workers[w].states[0].values()]
                 assert steps == [24] * 6
 
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=4)

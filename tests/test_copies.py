@@ -104,7 +104,7 @@ def test_a_copy_made_at_any_time_is_a_fresh_strategy_with_the_same_settings(how:
     assert copying.largest < 4000, "no tensor, no module, no Trainer"
     for where, copied in copies.items():
         assert type(copied) is DilocoStrategy
-        assert copied.settings == strategy.settings, where
+        assert copied._compared_settings == strategy._compared_settings, where
         assert (copied.local_steps, copied.current_worker, copied.lightning_module) == (0, None, None)
         assert (copied.launcher, copied.accelerator, copied.parallel_devices) == (None, None, [])
         with pytest.raises(RuntimeError, match=r"^The workers exist from `on_train_start` on"):
@@ -112,7 +112,7 @@ def test_a_copy_made_at_any_time_is_a_fresh_strategy_with_the_same_settings(how:
     for where in ("before", "turn of 1", "batch end", "after"):
         assert_same(train(copies[where]), expected)
     assert strategy.local_steps == 5
-    assert_same(copy_of(strategy.engine.module.state_dict()), strategy.outer_state_dict())
+    assert_same(copy_of(strategy._engine.module.state_dict()), strategy.outer_state_dict())
 
 
 def test_subclasses_keep_their_attributes_and_algorithms_their_arguments() -> None:
@@ -121,10 +121,10 @@ def test_subclasses_keep_their_attributes_and_algorithms_their_arguments() -> No
     for make in COPIES.values():
         copied = make(strategy)
         assert (type(copied), copied.early, copied.late, copied.num_workers) == (Mine, "a", "b", 3)
-        assert copied._algorithm.share == 0.25
-    algorithm = copy.deepcopy(strategy._algorithm)
+        assert copied._settings.algorithm.share == 0.25
+    algorithm = copy.deepcopy(strategy._settings.algorithm)
     assert not hasattr(algorithm, "ctx")
-    assert strategy._algorithm.ctx.local_steps == 5, "the original keeps its run"
+    assert strategy._settings.algorithm.ctx.local_steps == 5, "the original keeps its run"
 
 
 class Hyper(BoringModel):
@@ -145,7 +145,7 @@ def test_projects_that_keep_the_strategy_in_their_hyperparameters_save_and_resum
 
     trainer(**arguments, callbacks=[Save()]).fit(Hyper(**arguments))
     module = Hyper.load_from_checkpoint("2.ckpt", weights_only=False)
-    assert module.hparams["strategy"].settings == arguments["strategy"].settings
+    assert module.hparams["strategy"]._compared_settings == arguments["strategy"]._compared_settings
     resumed = trainer(**{**module.hparams, "max_steps": 6})
     resumed.fit(module, ckpt_path="2.ckpt", weights_only=False)
     assert resumed.strategy.local_steps == 6

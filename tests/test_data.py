@@ -31,8 +31,9 @@ from torch.utils.data import (
 )
 
 from lightning_diloco import DilocoStrategy
-from lightning_diloco._lightning.data import Dealing, WorkerBatches, deal
-from lightning_diloco.world import World
+from lightning_diloco._lightning.data import WorkerBatches, shard
+from lightning_diloco.comm.world import World
+from lightning_diloco.fit import ShardPlan
 from tests.helpers import trainer
 
 N = 3
@@ -1344,7 +1345,7 @@ def test_a_process_that_hosts_some_workers_reads_their_batches_only(make, partit
 
     def read(rank: int, size: int) -> tuple[int, list[dict[int, Any]]]:
         world = World(4, rank, size)
-        loader = deal(make(), Dealing(world, 41, partition, use_distributed_sampler=True, overfit=False))
+        loader = shard(make(), ShardPlan(world, 41, partition, use_distributed_sampler=True, overfit=False))
         rounds = list(loader)
         assert all(isinstance(r, WorkerBatches) for r in rounds)
         return len(loader), [{w: plain(b) for w, b in r.by_worker.items()} for r in rounds]

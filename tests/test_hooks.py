@@ -242,7 +242,7 @@ def test_in_a_turn_only_worker_zero_is_rank_zero(workers: int, tmp_path: Any, ca
     t = trainer(
         DilocoStrategy(num_nodes=workers, diloco_interval=2), max_steps=2, callbacks=[callback], logger=[board, csv]
     )
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         t.fit(module, loader())
     assert module.passed == {"is_global_zero": [0, 0], "rank_zero_only": [0, 0]}
     out = capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_a_file_saved_when_the_outer_step_refused_a_worker_goes_on_with_that_out
 
 
 def test_no_run_resumes_from_a_file_saved_in_the_middle_of_an_outer_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_diloco.context import SyncContext
+    from lightning_diloco.algorithms.context import SyncContext
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

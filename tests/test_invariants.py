@@ -17,11 +17,13 @@ from reference import Reference, shards
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport, comm, means
-from lightning_diloco.bits import flat
-from lightning_diloco.engine import Engine
-from lightning_diloco.means import Differences, mean_of
-from lightning_diloco.world import World
+from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport
+from lightning_diloco.comm import means
+from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.means import Differences, mean_of
+from lightning_diloco.comm.tensors import flat
+from lightning_diloco.comm.world import World
+from lightning_diloco.engine.engine import Engine
 
 SGD = torch.optim.SGD
 NESTEROV = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
@@ -338,7 +340,7 @@ class Separate(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(trainer.strategy, DilocoStrategy)
-        context = trainer.strategy.engine.context
+        context = trainer.strategy._engine.context
         owned: dict[str, list[Any]] = {
             "module": [*pl_module.parameters(), *pl_module.buffers()],
             "θ": [*context.outer.tensors.values(), *(b for _, b in context.outer.state.named_buffers())],
@@ -516,7 +518,7 @@ def test_a_partial_round_is_flushed_once(end):
     assert differs(at_end, track.theta[-1])
 
     momentum = copy.deepcopy([s["momentum_buffer"] for s in strategy.outer_optimizer.state.values()])
-    assert list(strategy.engine.flush()) == []
+    assert list(strategy._engine.flush()) == []
     assert strategy.outer_steps == 2
     assert_same(strategy.outer_state_dict(), at_end)
     assert all(map(torch.equal, momentum, (s["momentum_buffer"] for s in strategy.outer_optimizer.state.values())))
@@ -642,13 +644,13 @@ def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
     seen, reads, flattened = [], [], []
     theta, held = tensors(9), {w: tensors(w) for w in range(3)}
     names = list(theta)
-    over = comm.Comm(World(3), lambda: 0)
+    over = Comm(World(3), lambda: 0)
     over.observer = Look()
     differences = {n: [theta[n] - held[w][n] for w in range(3)] for n in names}
     pairs = [torch.view_as_real(d) for d in differences.pop("complex")]  # so that no layout divides complex numbers
     whole = {n: mean_of(d, [1, 2, 3]) for n, d in differences.items()}
     whole["complex"] = torch.view_as_complex(mean_of(pairs, [1, 2, 3]).contiguous())
-    monkeypatch.setattr(comm, "CHUNK", 12)  # 4 elements of each worker
+    monkeypatch.setattr(means, "CHUNK", 12)  # 4 elements of each worker
     monkeypatch.delattr(Differences, "__getitem__")  # nobody asks for a whole one
     monkeypatch.setattr(Differences, "__abstractmethods__", frozenset())
     monkeypatch.setattr(means, "flat", lambda tensor: flattened.append(tensor) or flat(tensor))
@@ -743,9 +745,9 @@ def test_the_engine_runs_without_a_trainer_and_agrees_with_the_twin(outer, inner
                 optimizer.step()
         assert engine.current_worker is None
         seen += [(r.step, r.outer_step, r.kind) for r in engine.end_step()]
-        same(engine.state_dict("outer"), theta)
+        same(engine.views.state_dict("outer"), theta)
         for w, worker in enumerate(workers):
-            same(engine.state_dict(w), worker)
+            same(engine.views.state_dict(w), worker)
     seen += [(r.step, r.outer_step, r.kind) for r in engine.flush()]
     assert list(engine.flush()) == []
     engine.finish()
@@ -753,7 +755,7 @@ def test_the_engine_runs_without_a_trainer_and_agrees_with_the_twin(outer, inner
 
     assert seen == [(3, 1, "round"), (6, 2, "round"), (8, 3, "flush")]
     same(model.state_dict(), twin.theta.state_dict())
-    same(engine.state_dict("outer"), twin.theta.state_dict())
+    same(engine.views.state_dict("outer"), twin.theta.state_dict())
     for w, worker in enumerate(twin.workers):
-        same(engine.state_dict(w), worker.state_dict())
+        same(engine.views.state_dict(w), worker.state_dict())
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == pointers

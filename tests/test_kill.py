@@ -49,7 +49,7 @@ def train(deadline: float = float("inf")) -> None:
     t = trainer(strategy, max_epochs=30, callbacks=[Save()])
     path = "last.ckpt" if Path("last.ckpt").exists() else None
     t.fit(module, loader(regression_data(45), 3), ckpt_path=path)
-    inner = strategy.engine.context.inner.workers.values()
+    inner = strategy._engine.context.inner.workers.values()
     result = {
         "module": module.state_dict(),
         "workers": [strategy.worker_state_dict(w) for w in range(3)],

@@ -189,7 +189,7 @@ def test_reports_reach_every_logger_at_lightnings_step_for_every_outer_step(tmp_
 def test_the_numbers_of_a_report() -> None:
     """Two workers, θ = (3, 4) with ‖θ‖ = 5, θ_0 = (3, 1), θ_1 = (0, 4): Δ_0 = (0, 3), Δ_1 = (3, 0), Δ = (1.5, 1.5)."""
     from lightning_diloco.algorithms import Diloco
-    from lightning_diloco.engine import Engine
+    from lightning_diloco.engine.engine import Engine
 
     module = torch.nn.Linear(2, 1, bias=False)
     module.weight.data = torch.tensor([[3.0, 4.0]])

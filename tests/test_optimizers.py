@@ -101,7 +101,7 @@ def test_every_replica_is_its_own_run(name: str) -> None:
     L.seed_everything(SEED, verbose=False)
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=10**6, final_sync=False)
     trainer(strategy, max_epochs=3, limit_val_batches=0).fit(OPTIMIZERS[name](), loader(data, 3))
-    workers = strategy.engine.context.inner.workers
+    workers = strategy._engine.context.inner.workers
     for w in range(3):
         shard = DistributedSampler(data, num_replicas=3, rank=w, seed=SEED)
         solo, module = trainer(max_epochs=3, limit_val_batches=0), OPTIMIZERS[name]()
@@ -153,14 +153,14 @@ def test_eval_in_a_validation_hook_shows_the_mean_evaluation_weights_and_disturb
 
 def mean_evaluation_weights(strategy: DilocoStrategy) -> dict[str, torch.Tensor]:
     """Each worker's x from its own y and z, in its own arithmetic, then the mean."""
-    names = {id(p): n for n, p in strategy.engine.module.named_parameters()}
+    names = {id(p): n for n, p in strategy._engine.module.named_parameters()}
     weights: dict[str, list[torch.Tensor]] = {}
     for w in strategy.local_workers:
-        worker = strategy.engine.context.inner.workers[w]
+        worker = strategy._engine.context.inner.workers[w]
         (group,) = worker.control[0]
         beta = group["betas"][0] if "betas" in group else group["momentum"]
         for p, state in worker.states[0].items():
-            y = strategy.engine.replica(w)[names[id(p)]]
+            y = strategy._engine.replica(w)[names[id(p)]]
             weights.setdefault(names[id(p)], []).append(y + (1 - 1 / beta) * (state["z"] - y))
     return {n: torch.stack(xs).mean(0) for n, xs in weights.items()}
 

@@ -115,7 +115,7 @@ def test_learning_rates_and_schedulers_changed_in_validation_hooks_are_everybody
         assert t.optimizers[0].param_groups[0]["lr"] == 0.01
         assert t.lr_scheduler_configs[0].scheduler.last_epoch == 3
         states.append(t)
-    workers = states[-1].strategy.engine.context.inner.workers.values()
+    workers = states[-1].strategy._engine.context.inner.workers.values()
     assert [w.control[0][0]["lr"] for w in workers] == [0.01] * 3
 
 
@@ -239,7 +239,7 @@ def test_what_an_algorithm_publishes_is_not_taken_for_theta() -> None:
         L.seed_everything(1, verbose=False)
         strategy = DilocoStrategy(num_nodes=2, diloco_interval=3, algorithm=algorithm)
         trainer(strategy, max_epochs=3).fit(Net(), loader(), loader(shuffle=False))
-        return strategy.engine.outer_tensors
+        return strategy._engine.outer_tensors
 
     theta, published = run(Diloco()), run(Negative())
     for name, tensor in theta.items():
@@ -257,7 +257,7 @@ def test_mutable_values_in_groups_are_each_workers_own() -> None:
 
     strategy = far()
     trainer(strategy, max_steps=4).fit(Net(lambda p: Counts(p, lr=0.1)), loader())
-    for worker in strategy.engine.context.inner.workers.values():
+    for worker in strategy._engine.context.inner.workers.values():
         assert worker.control[0][0]["k"].item() == 4
         assert worker.control[0][0]["history"] == [1, 2, 3, 4]
 

@@ -7,9 +7,9 @@ import torch
 from helpers import Net, assert_same, loader, regression_data, trainer
 from torch import nn
 
-from lightning_diloco import DilocoStrategy
+from lightning_diloco import DilocoCallback, DilocoStrategy
 from lightning_diloco.algorithms import Diloco
-from lightning_diloco.engine import Engine, Policies
+from lightning_diloco.engine.engine import Engine, Policies
 
 
 def plain(parameters: Any) -> Any:
@@ -55,7 +55,7 @@ def one_round(workers: int = 3, optimizer: Any = None, bad: set[int] = frozenset
 
 def values(engine: Any, name: str) -> list[float]:
     """θ's value, then each worker's."""
-    return [engine.state_dict(which)[name].flatten()[0].item() for which in ("outer", *engine.local_workers)]
+    return [engine.views.state_dict(which)[name].flatten()[0].item() for which in ("outer", *engine.local_workers)]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_buffers_and_frozen_parameters(policy: str, floating: Any, integer: Any,
     assert values(engine, "w") == [-2.0] * 4
     assert report.payload_bytes == sent
     table = torch.full((3,), 0.1)
-    assert all(torch.equal(engine.state_dict(w)["table"], table) for w in ("outer", 0, 1, 2))
+    assert all(torch.equal(engine.views.state_dict(w)["table"], table) for w in ("outer", 0, 1, 2))
 
 
 def test_batch_norm_statistics_after_a_synchronisation() -> None:
@@ -205,9 +205,12 @@ def test_state_after_a_raise_is_untouched() -> None:
 
     module, strategy = Breaks(), DilocoStrategy(num_nodes=3, diloco_interval=2)
     theta: list[Any] = []
-    original = strategy.deliver
-    strategy.deliver = lambda *args, **kwargs: (theta.append(strategy.outer_state_dict()), original(*args, **kwargs))
+
+    class Keep(DilocoCallback):
+        def on_outer_step(self, trainer, pl_module, report):
+            theta.append(strategy.outer_state_dict())
+
     with pytest.raises(RuntimeError, match=r"worker 1 is not finite at local step 4 \(1 of 3 workers\)"):
-        trainer(strategy, max_epochs=1).fit(module, loader(batch_size=2))
+        trainer(strategy, max_epochs=1, callbacks=[Keep()]).fit(module, loader(batch_size=2))
     assert strategy.outer_steps == 1
     assert_same(strategy.outer_state_dict(), theta[-1])

@@ -14,7 +14,7 @@ from lightning_diloco import DilocoStrategy
 from lightning_diloco._lightning import installation, loops
 
 PACKAGE = Path(lightning_diloco.__file__).parent
-MAY_IMPORT_LIGHTNING = {"__init__.py", "strategy.py", "callback.py", "simulator.py", "simulation.py", "__main__.py"}
+MAY_IMPORT_LIGHTNING = {"strategy.py", "fit.py", "callback.py", "__init__.py", "__main__.py", "as_pytorch_lightning.py"}
 
 
 def imports(path: Path) -> set[tuple[str, str]]:
@@ -31,8 +31,9 @@ def imports(path: Path) -> set[tuple[str, str]]:
 def test_only_the_shell_imports_lightning() -> None:
     for path in PACKAGE.rglob("*.py"):
         lightning = {m for m, _ in imports(path) if m.split(".")[0] in ("lightning", "pytorch_lightning")}
-        adapter = path.parent.name == "_lightning"
-        assert not lightning or adapter or path.name in MAY_IMPORT_LIGHTNING, f"{path.name} imports {lightning}"
+        shell = path.parent.name in ("_lightning", "simulator")
+        shell = shell or (path.parent == PACKAGE and path.name in MAY_IMPORT_LIGHTNING)
+        assert shell or not lightning, f"{path.name} imports {lightning}"
 
 
 def test_only_the_adapters_import_private_names_or_touch_private_attributes() -> None:
@@ -52,34 +53,39 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
         assert not any(f".{a}" in path.read_text() for a in attributes), path.name
 
 
-def test_imports_point_down_the_page() -> None:
-    """strategy → engine → context → (outer, worker, public) → comm, replicas → nothing; algorithms know the context."""
-    order = [
-        "simulator",
-        "simulation",
-        "evaluation",
-        "strategy",
-        "callback",
-        "engine",
-        "algorithms",
-        "context",
-        "public",
-    ]
-    order += ["outer", "worker", "comm", "replicas"]
-    rank = {name: i for i, name in enumerate(order)}
+LAYERS = """
+    comm.tensors comm.means comm.world comm.team comm.channel
+    state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module state.checks
+    state.guard
+    algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
+    engine.checkpoint engine.views engine.engine
+    arguments callback fit
+    _lightning.reclassed _lightning.hooks _lightning.trainer_state _lightning.io _lightning.samplers _lightning.data
+    _lightning.connectors _lightning.results _lightning.loops _lightning.installation _lightning.launching
+    _lightning.trainers _lightning.process _lightning.team _lightning.fitting
+    strategy
+    simulator.metrics simulator.module simulator.callback simulator.facade simulator
+    lightning_diloco as_pytorch_lightning __main__
+    comm state engine _lightning
+"""
+
+
+def test_every_module_imports_only_modules_before_it() -> None:
+    """The modules in the order in which a reader can read them; an import inside a function counts as any other."""
+    rank = {name: i for i, name in enumerate(LAYERS.split())}
+    seen = set()
     for path in PACKAGE.rglob("*.py"):
-        own = path.parent.name if path.parent.name == "algorithms" else path.stem
-        for module, _ in imports(path):
-            parts = module.split(".")
-            if own in rank and len(parts) > 1 and parts[0] == "lightning_diloco" and parts[1] in rank:
-                allowed = rank[parts[1]] >= rank[own] or (own, parts[1]) in UPWARDS
-                assert allowed, f"{own} imports {parts[1]}"
-
-
-UPWARDS = {
-    ("context", "algorithms"),  # for the report's type
-    ("callback", "strategy"),  # inside a function, to recognise it
-}
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        own = ".".join(part for part in parts if part != "__init__") or "lightning_diloco"
+        seen.add(own)
+        for module, name in imports(path):
+            if module.split(".")[0] != "lightning_diloco":
+                continue
+            target = ".".join(module.split(".")[1:])
+            inside = f"{target}.{name}".strip(".")
+            target = inside if inside in rank else target or "lightning_diloco"
+            assert rank[target] < rank[own], f"{own} imports {target}, which comes after it"
+    assert seen == set(rank)
 
 
 def test_the_installed_lightning_is_the_one_this_was_written_for() -> None:

@@ -23,9 +23,11 @@ from test_algorithms import DataParallel, Gossip, PeriodicAveraging
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy, comm, world
-from lightning_diloco.bits import same_bits
-from lightning_diloco.world import World
+from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy
+from lightning_diloco.comm import means, world
+from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.world import World
 
 LAYOUTS = [1, 2, 4]
 
@@ -88,14 +90,14 @@ def train(
     data: Any = None,
     strategy: dict[str, Any] | None = None,
     shuffle: bool = True,
-    chunk: int = comm.CHUNK,
+    chunk: int = means.CHUNK,
     more: Any = list,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Everything that a run leaves behind on this rank."""
     L.seed_everything(5, verbose=False)
     module, watch = make(), Watch()
-    comm.CHUNK = world.CHUNK = chunk
+    means.CHUNK = chunk
     diloco = DilocoStrategy(**{"num_nodes": 4, "diloco_interval": 4, **(strategy or {})})
     t = trainer(
         diloco,
@@ -108,7 +110,7 @@ def train(
     train_data = loader(data or regression_data(samples, dtype=dtype), batch, shuffle=shuffle)
     t.fit(module, train_data, loader(regression_data(40, seed=9, dtype=dtype), 2, shuffle=False), ckpt_path=resume)
     t.save_checkpoint(folder / "end.ckpt")
-    inner = diloco.engine.context.inner.workers
+    inner = diloco._engine.context.inner.workers
     return {
         "workers": {w: diloco.worker_state_dict(w) for w in diloco.local_workers},
         "inner": {w: [[v for v in s.values() if v] for s in inner[w].states] for w in diloco.local_workers},
@@ -347,7 +349,7 @@ def test_auto_is_ordered_on_one_machine_and_all_reduces_across_machines(tmp_path
         strategy = DilocoStrategy(num_nodes=2)
         t = trainer(strategy, devices=2 // machines, num_nodes=machines, max_steps=1, default_root_dir=tmp_path)
         t.fit(Project(), loader())
-        comm = strategy.engine.context.comm
+        comm = strategy._engine.context.comm
         return comm.ordered, (strategy.num_nodes, t.num_nodes, t.world_size, t.node_rank, t.local_rank, t.global_rank)
 
     assert run(ordered, 2, 1, out=tmp_path / "1") == [(True, (1, 1, 2, 0, 0, 0)), (True, (1, 1, 2, 0, 1, 1))]
@@ -516,7 +518,7 @@ def test_pairs_that_cross_processes_in_either_direction_swap(tmp_path: Path) -> 
         if size > 1:
             dist.init_process_group("gloo", rank=world.rank, world_size=size)
             world.connect(None, {})
-        over = comm.Comm(world, lambda: 0)
+        over = Comm(world, lambda: 0)
         held = {w: {"x": torch.full((3,), float(w))} for w in world.workers}
         received = over.exchange([(0, 2), (3, 1)], ["x"], held.__getitem__)
         mean = over.mean(["x"], held.__getitem__, workers=[2, 0], weights=[3, 1])["x"][0].item()
@@ -832,7 +834,7 @@ def test_bytes_handed_to_collectives_match_the_closed_form(
         def all_to_all_single(output, given, output_sizes, sizes):
             own = sizes[dist.get_rank()]
             counts["to owners"] += (given.numel() - own) * given.itemsize
-            assert given.nbytes <= 4 * comm.CHUNK  # float32, all workers of the process together
+            assert given.nbytes <= 4 * means.CHUNK  # float32, all workers of the process together
             return plain["all_to_all_single"](output, given, output_sizes, sizes)
 
         def all_gather(output, given, **kwargs):
@@ -845,7 +847,7 @@ def test_bytes_handed_to_collectives_match_the_closed_form(
             return plain["all_reduce"](tensor, **kwargs)
 
         dist.all_to_all_single, dist.all_gather, dist.all_reduce = all_to_all_single, all_gather, all_reduce
-        comm.CHUNK = 32  # half of the model
+        means.CHUNK = 32  # half of the model
         module = BoringModel()
         module.layer = nn.Linear(32, 2, bias=False)
         module.training_step = lambda batch, batch_idx: module.layer(batch).square().mean()

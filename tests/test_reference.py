@@ -139,7 +139,7 @@ def assert_agree(module: Regressor, strategy: DilocoStrategy, history: Any, twin
         assert_close(strategy.worker_state_dict(i), worker.state_dict(), f"worker {i}")
 
     for i, (worker, optimizer) in enumerate(zip(twin.workers, twin.inner, strict=True)):
-        (state,) = strategy.engine.context.inner.workers[i].states
+        (state,) = strategy._engine.context.inner.workers[i].states
         named = dict(module.named_parameters())
         expected_state = {name: optimizer.state[p] for name, p in worker.named_parameters() if p in optimizer.state}
         assert expected_state

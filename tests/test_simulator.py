@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_diloco import Diloco, DilocoSimulator, DilocoStrategy, EvalStats, TrainStats
-from lightning_diloco.evaluation import Evaluation, is_class_index
-from lightning_diloco.simulation import SimulatorCallback, SimulatorModule
-from lightning_diloco.simulator import _OWN_STRATEGY_ARGUMENTS, _OWN_TRAINER_ARGUMENTS
+from lightning_diloco.simulator.callback import SimulatorCallback
+from lightning_diloco.simulator.facade import _OWN_STRATEGY_ARGUMENTS, _OWN_TRAINER_ARGUMENTS
+from lightning_diloco.simulator.metrics import Evaluation, is_class_index
+from lightning_diloco.simulator.module import SimulatorModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
 
@@ -1105,7 +1106,7 @@ def test_other_batches_get_an_error_that_says_what_to_do_and_that_works() -> Non
             trained(train_dataset=data)
         assert str(caught.value) == (
             f"The dataset's batches are a {size}, but must be pairs `(x, y)`. For others, override `split(self, batch)`"
-            " in a subclass of lightning_diloco.simulation.SimulatorModule so that it returns `(x, y)`, and set"
+            " in a subclass of lightning_diloco.simulator.SimulatorModule so that it returns `(x, y)`, and set"
             " `module_cls` to it in a subclass of DilocoSimulator."
         )
 

@@ -265,7 +265,7 @@ def test_a_run_that_steps_in_on_train_batch_end_resumes_exactly(save_after: int)
 def test_two_steps_in_one_batch_are_one_local_step_and_both_are_kept() -> None:
     state, strategy = fitted(True, 4, both=True)
     assert (strategy.local_steps, strategy.outer_steps) == (4, 1)
-    inner: Any = strategy.engine._inner
+    inner: Any = strategy._engine._inner
     assert {int(s["step"]) for w in inner.workers.values() for s in w.states[0].values()} == {8}
     assert_same(state, copy_of(strategy.outer_state_dict()))
 
@@ -408,14 +408,14 @@ class Half(Net):
 def test_the_state_that_workers_are_reset_to_is_that_after_configure_optimizers() -> None:
     module, strategy = Half(), three(6, inner_state="reset", final_sync=False)
     trainer(strategy).fit(module, loader())  # 16 steps, the last synchronisation after 12
-    inner: Any = strategy.engine._inner
+    inner: Any = strategy._engine._inner
     assert [int(w.states[0][module.net[0].weight]["step"]) for w in inner.workers.values()] == [4, 4, 4]
 
 
 def test_an_optimizer_that_stays_keeps_every_workers_state() -> None:
     module, strategy = Half(), three(inner_state="keep")
     trainer(strategy).fit(module, loader())
-    inner: Any = strategy.engine._inner
+    inner: Any = strategy._engine._inner
     moments: list[Tensor] = [w.states[0][module.net[0].weight]["exp_avg"] for w in inner.workers.values()]
     assert [int(w.states[0][module.net[0].weight]["step"]) for w in inner.workers.values()] == [16, 16, 16]
     assert not torch.equal(moments[0], moments[1])

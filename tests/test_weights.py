@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 
 from lightning_diloco import DilocoStrategy
-from lightning_diloco.bits import same_bits
+from lightning_diloco.comm.tensors import same_bits
 
 
 def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_after_a_fit_everything_is_the_users_again() -> None:
     assert all(p is tensors[n] for n, p in module.named_parameters())
     assert all(b is buffers[n] for n, b in module.named_buffers())
     assert {k for k in vars(module) if not k.startswith("_hparams")} == keys  # those are Lightning's
-    engine = t.strategy.engine
+    engine = t.strategy._engine
     foreign = {s.untyped_storage().data_ptr() for w in range(3) for s in engine.replica(w).values()} | {
         s.untyped_storage().data_ptr() for s in engine.outer_tensors.values()
     }
@@ -357,7 +357,7 @@ def test_parameters_of_any_dtype_and_layout() -> None:
     strides = {n: p.stride() for n, p in module.named_parameters()}
     start = copy_of(module.state_dict())
     trainer(strategy, max_steps=5).fit(module, loader())
-    for name, replica in strategy.engine.replica(1).items():
+    for name, replica in strategy._engine.replica(1).items():
         assert replica.stride() == strides[name]
         assert replica.dtype == start[name].dtype
         assert replica.data_ptr() % 64 == 0

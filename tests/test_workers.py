@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_diloco import DilocoStrategy
-from lightning_diloco.randomness import RandomStream, derive_seed
+from lightning_diloco.state.randomness import RandomStream, derive_seed
 
 SEED = 5
 FAR = 10**6  # no outer step in reach
@@ -91,7 +91,7 @@ def test_without_an_outer_step_every_replica_is_its_own_trainer_on_its_shard(nam
     strategy = DilocoStrategy(num_nodes=4, diloco_interval=FAR, final_sync=False)
     t = trainer(strategy, max_epochs=3, **options())
     t.fit(make(), loader(data, 3))
-    states = strategy.engine.context.inner.workers
+    states = strategy._engine.context.inner.workers
 
     replicas = []
     for worker in range(4):

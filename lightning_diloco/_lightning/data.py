@@ -1,6 +1,6 @@
 """One loader serves all workers: who gets which samples.
 
-Owns the dealing of indices, batches and streams to workers. Does not own when batches are fetched (Lightning's fetcher)
+Owns the plan of indices, batches and streams to workers. Does not own when batches are fetched (Lightning's fetcher)
 nor the user's loader, which stays untouched: what is changed is a shallow copy of it.
 
 ==============================================  ================================================================
@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
-from lightning.pytorch.trainer.connectors.data_connector import _DataConnector, _get_distributed_sampler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -42,20 +41,19 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.samplers import (
     LEFT_OVER,
     NO_PARTITION,
-    Dealing,
     WorkerSampler,
     independent,
     too_few,
     worker_sampler,
 )
-from lightning_diloco.randomness import RandomStream, derive_seed
+from lightning_diloco.fit import ShardPlan
+from lightning_diloco.state.randomness import RandomStream, derive_seed
 
 if TYPE_CHECKING:
-    from lightning_diloco._lightning.process import ProcessStrategy
+    pass
 
 UNCLEAR = (
     "The `__iter__` of {loader} fetched {fetched} batch(es) of an epoch and yielded {yielded}, {unclear} of them new"
@@ -91,7 +89,7 @@ def split_batch(batch: Any, workers: Sequence[int]) -> dict[int, Any]:
     return {w: pick(w) for w in workers}
 
 
-def deal(loader: Any, dealing: Dealing) -> "DealtLoader":
+def shard(loader: Any, plan: ShardPlan) -> "DealtLoader":
     """A loader that yields :class:`WorkerBatches` from what ``loader`` yields; its length counts local steps.
 
     Raises:
@@ -101,15 +99,15 @@ def deal(loader: Any, dealing: Dealing) -> "DealtLoader":
     loader = original(loader)
     sampler = None
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        sampler = worker_sampler(loader, dealing)
-    elif dealing.partition is not None:
+        sampler = worker_sampler(loader, plan)
+    elif plan.partition is not None:
         stream = f"{type(loader.dataset).__name__} is an IterableDataset" if isinstance(loader, DataLoader) else None
         stream = stream or f"the loader is a {type(loader).__name__}"
         raise ValueError(NO_PARTITION.format(what=f"{stream}, a stream"))
-    dealt = DealtLoader(loader, dealing, sampler)
+    dealt = DealtLoader(loader, plan, sampler)
     batches = sized_len(loader)
     if batches and sized_len(dealt) == 0:
-        raise too_few(batches, dealing)
+        raise too_few(batches, plan)
     return dealt
 
 
@@ -152,14 +150,14 @@ class DealtLoader:
     """Yields one batch per worker hosted here and local step. Other attributes are those of a copy of the loader."""
 
     _loader: Any
-    _dealing: Dealing
+    _plan: ShardPlan
     _sampler: "WorkerSampler | None"
     _source: Any
     _place: _Place
 
-    def __init__(self, loader: Any, dealing: Dealing, sampler: "WorkerSampler | None") -> None:
-        source = _copied(loader, sampler, dealing) if isinstance(loader, DataLoader) else loader
-        vars(self).update(_loader=loader, _dealing=dealing, _sampler=sampler, _source=source, _place=_Place())
+    def __init__(self, loader: Any, plan: ShardPlan, sampler: "WorkerSampler | None") -> None:
+        source = _copied(loader, sampler, plan) if isinstance(loader, DataLoader) else loader
+        vars(self).update(_loader=loader, _plan=plan, _sampler=sampler, _source=source, _place=_Place())
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -168,7 +166,7 @@ class DealtLoader:
 
     def __reduce__(self) -> Any:
         """``__class__`` would mislead ``pickle``."""
-        return DealtLoader, (self._loader, self._dealing, self._sampler), {"_place": self._place}
+        return DealtLoader, (self._loader, self._plan, self._sampler), {"_place": self._place}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # protocols of Python's that the loader may have, but this hasn't
@@ -180,14 +178,14 @@ class DealtLoader:
 
     def __iter__(self) -> Iterator[WorkerBatches]:
         skip, self._place.skip = self._place.skip, 0
-        return _read(self._source, self._sampler, self._dealing, self._dealing.workers, self._place.epoch, skip)
+        return _read(self._source, self._sampler, self._plan, self._plan.workers, self._place.epoch, skip)
 
     def __len__(self) -> int:
-        batches, dealing = len(self._source), self._dealing
+        batches, plan = len(self._source), self._plan
         everybodys = self._sampler is None or (_iterates_itself(self._loader) and batches == len(self._loader))
         if everybodys:
-            return 1 if batches == 1 else batches // dealing.shards
-        return batches // len(dealing.workers)
+            return 1 if batches == 1 else batches // plan.shards
+        return batches // len(plan.workers)
 
     @property
     def sampler(self) -> "DealtLoader":
@@ -244,7 +242,7 @@ class FirstWorkersLoader:
             raise AttributeError(name)
         dealt = vars(self)["_dealt"]
         if dealt._sampler is not None and vars(dealt._source).get(name) is dealt._sampler:
-            return dealt._sampler.of(dealt._dealing.parts[:1])
+            return dealt._sampler.of(dealt._plan.shards_here[:1])
         return getattr(dealt._source, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -262,18 +260,18 @@ class FirstWorkersLoader:
         return repr(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        dealt, dealing = self._dealt, self._dealt._dealing
-        first, loader = dealing.workers[:1], dealt._loader
+        dealt, plan = self._dealt, self._dealt._plan
+        first, loader = plan.workers[:1], dealt._loader
         sampler, source = dealt._sampler, independent(dealt._source)
         if isinstance(loader, DataLoader):
-            sampler = None if sampler is None else sampler.of(dealing.parts[:1])
-            source = _copied(source, sampler, dealing, first)
+            sampler = None if sampler is None else sampler.of(plan.shards_here[:1])
+            source = _copied(source, sampler, plan, first)
             vars(source).update(persistent_workers=False)
             if sampler is None:
                 vars(source).update(dataset=independent(loader.dataset))
-        stream = RandomStream(derive_seed(dealing.seed, "train_dataloader", dealing.loader, dealt._place.epoch))
+        stream = RandomStream(derive_seed(plan.seed, "train_dataloader", plan.loader, dealt._place.epoch))
         with isolate_rng(), stream.active():
-            groups = _read(source, sampler, dealing, first, dealt._place.epoch)
+            groups = _read(source, sampler, plan, first, dealt._place.epoch)
         while True:
             with isolate_rng(), stream.active():
                 group = next(groups, None)
@@ -289,9 +287,7 @@ def _position(loader: Any, state: dict[str, int]) -> int:
     return consumed if length is None or consumed <= length or not state["cycles"] else consumed % length
 
 
-def _copied(
-    loader: Any, sampler: "WorkerSampler | None", dealing: Dealing, workers: Sequence[int] | None = None
-) -> Any:
+def _copied(loader: Any, sampler: "WorkerSampler | None", plan: ShardPlan, workers: Sequence[int] | None = None) -> Any:
     """A copy of a DataLoader that reads with ``sampler``.
 
     The user's attributes are set without ``DataLoader.__setattr__``, which guards some. The generator is a new one
@@ -303,7 +299,7 @@ def _copied(
     if sampler is not None:
         changed["sampler" if loader.batch_sampler is None else "batch_sampler"] = sampler
         if _iterates_itself(loader):
-            changed["_notes"] = _Notes(kind.__name__, dealing.workers if workers is None else workers, sampler, dealing)
+            changed["_notes"] = _Notes(kind.__name__, plan.workers if workers is None else workers, sampler, plan)
             kind = kind if issubclass(kind, _NotingLoader) else type(kind.__name__, (_NotingLoader, kind), {})
     copied = object.__new__(kind)
     vars(copied).update(vars(loader), **changed)
@@ -314,7 +310,7 @@ def _copied(
 
 
 def _read(
-    source: Any, sampler: "WorkerSampler | None", dealing: Dealing, workers: Sequence[int], epoch: int, skip: int = 0
+    source: Any, sampler: "WorkerSampler | None", plan: ShardPlan, workers: Sequence[int], epoch: int, skip: int = 0
 ) -> Iterator[WorkerBatches]:
     """One pass over ``source``, whose first ``skip`` local steps are left out.
 
@@ -324,19 +320,19 @@ def _read(
     """
     if isinstance(source, DataLoader):
         assert source.generator is not None
-        source.generator.manual_seed(derive_seed(dealing.seed, "loader", epoch))
+        source.generator.manual_seed(derive_seed(plan.seed, "loader", epoch))
     notes: _Notes | None = getattr(source, "_notes", None) if isinstance(source, DataLoader) else None
     if sampler is not None and notes is None:
         sampler.skip = skip
-        groups = _in_turn(iter(source), dealing, len(workers), range(len(workers)), workers)
-        return groups if skip else _at_least_one(groups, sampler, dealing)
+        groups = _in_turn(iter(source), plan, len(workers), range(len(workers)), workers)
+        return groups if skip else _at_least_one(groups, sampler, plan)
     if notes is not None:
         notes.start()
-    batches = _drawing_from(RandomStream(derive_seed(dealing.seed, "stream", dealing.loader, epoch)), source)
-    return islice(_by_place(batches, dealing, workers) if notes is None else notes.read(batches), skip, None)
+    batches = _drawing_from(RandomStream(derive_seed(plan.seed, "stream", plan.loader, epoch)), source)
+    return islice(_by_place(batches, plan, workers) if notes is None else notes.read(batches), skip, None)
 
 
-def _at_least_one(groups: Iterator[WorkerBatches], sampler: WorkerSampler, dealing: Dealing) -> Iterator[WorkerBatches]:
+def _at_least_one(groups: Iterator[WorkerBatches], sampler: WorkerSampler, plan: ShardPlan) -> Iterator[WorkerBatches]:
     """The groups.
 
     Raises:
@@ -347,7 +343,7 @@ def _at_least_one(groups: Iterator[WorkerBatches], sampler: WorkerSampler, deali
         yield first
         yield from groups
     elif sampler.left:
-        raise too_few(sampler.left, dealing, "batch(es)" if sampler.batch_size is None else "sample(s)")
+        raise too_few(sampler.left, plan, "batch(es)" if sampler.batch_size is None else "sample(s)")
 
 
 def _drawing_from(stream: RandomStream, source: Iterable[Any]) -> Iterator[Any]:
@@ -367,13 +363,13 @@ def _drawing_from(stream: RandomStream, source: Iterable[Any]) -> Iterator[Any]:
     return read()
 
 
-def _by_place(batches: Iterator[Any], dealing: Dealing, workers: Sequence[int]) -> Iterator[WorkerBatches]:
+def _by_place(batches: Iterator[Any], plan: ShardPlan, workers: Sequence[int]) -> Iterator[WorkerBatches]:
     """Batch j is for shard j mod the number of shards."""
-    return _in_turn(batches, dealing, dealing.shards, [dealing.world.shard(w) for w in workers], workers)
+    return _in_turn(batches, plan, plan.shards, [plan.world.shard(w) for w in workers], workers)
 
 
 def _in_turn(
-    batches: Iterator[Any], dealing: Dealing, size: int, picks: Sequence[int], workers: Sequence[int]
+    batches: Iterator[Any], plan: ShardPlan, size: int, picks: Sequence[int], workers: Sequence[int]
 ) -> Iterator[WorkerBatches]:
     """Groups of ``size`` consecutive batches, of which those at ``picks`` go to ``workers``.
 
@@ -386,7 +382,7 @@ def _in_turn(
             rank_zero_warn(LEFT_OVER.format(left=len(group), workers=size))
             return
         if 1 < len(group) < size:
-            raise too_few(len(group), dealing)
+            raise too_few(len(group), plan)
         complete = True
         if len(group) < size:  # copies, because a worker may change its batch
             yield WorkerBatches({w: copy.deepcopy(group[0]) if i else group[0] for i, w in enumerate(workers)})
@@ -410,11 +406,11 @@ class _Notes:
         loader: the name of the loader's class.
         workers: whose batches the sampler yields in turn.
         sampler: the loader's.
-        dealing: how the data is dealt.
+        plan: how the data is dealt.
     """
 
-    def __init__(self, loader: str, workers: Sequence[int], sampler: "WorkerSampler", dealing: Dealing) -> None:
-        self._loader, self._workers, self._sampler, self._dealing = loader, workers, sampler, dealing
+    def __init__(self, loader: str, workers: Sequence[int], sampler: "WorkerSampler", plan: ShardPlan) -> None:
+        self._loader, self._workers, self._sampler, self._plan = loader, workers, sampler, plan
         self.start()
 
     def start(self) -> None:
@@ -438,10 +434,10 @@ class _Notes:
         """One batch of each worker as soon as there is one."""
         first = list(islice(batches, 1))
         if first and not self._fetched and not self._sampler.drawn:
-            if self._dealing.partition is not None:
+            if self._plan.partition is not None:
                 what = f"the `__iter__` of {self._loader} doesn't ask the loader's sampler"
                 raise ValueError(NO_PARTITION.format(what=what))
-            yield from _by_place(chain(first, batches), self._dealing, self._workers)
+            yield from _by_place(chain(first, batches), self._plan, self._workers)
             return
         queues: dict[int, deque[Any]] = {w: deque() for w in self._workers}
         counts = dict.fromkeys(self._workers, 0)
@@ -454,7 +450,7 @@ class _Notes:
                 complete = True
                 yield WorkerBatches({w: queue.popleft() for w, queue in queues.items()})
         if first and not complete:
-            raise too_few(self._yielded, self._dealing)
+            raise too_few(self._yielded, self._plan)
         self._report(counts, sum(map(len, queues.values())))
 
     def _owner(self, batch: Any, counts: Mapping[int, int]) -> int:
@@ -470,7 +466,7 @@ class _Notes:
             if worker in self._waiting:
                 self._waiting.remove(worker)
             return worker
-        if self._dealing.partition is not None and (owners or since != 1):
+        if self._plan.partition is not None and (owners or since != 1):
             raise ValueError(UNCLEAR_PARTITION.format(number=self._yielded, loader=self._loader, fetched=since))
         self._unclear += 1
         return self._waiting.popleft() if self._waiting else min(counts, key=counts.__getitem__)
@@ -529,28 +525,3 @@ class _NotingIterator:
     def _reset(self, *args: Any, **kwargs: Any) -> None:
         self._place = 0
         super()._reset(*args, **kwargs)  # type: ignore[misc]
-
-
-# -------------------------------------------------------------------------------------------- what is not dealt
-
-
-class DilocoDataConnector(Reclassed, _DataConnector):
-    """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
-
-    @override
-    def _requires_distributed_sampler(self, dataloader: DataLoader[Any]) -> bool:
-        strategy: ProcessStrategy = self.trainer.strategy  # type: ignore[assignment]
-        return not strategy.deals_training_data and super()._requires_distributed_sampler(dataloader)
-
-    @override
-    def _resolve_sampler(self, dataloader: DataLoader[Any], shuffle: bool, mode: Any = None) -> Any:
-        if not self._requires_distributed_sampler(dataloader):
-            return dataloader.sampler
-        return _get_distributed_sampler(
-            dataloader,
-            shuffle,
-            mode=mode,
-            overfit_batches=self.trainer.overfit_batches,  # type: ignore[attr-defined]
-            num_replicas=self.trainer.world_size,
-            rank=self.trainer.global_rank,
-        )

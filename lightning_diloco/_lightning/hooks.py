@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core.hooks import ModelHooks
 from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -27,6 +27,20 @@ def does_something(owner: Any, hook: str) -> bool:
     if not isinstance(called, MethodType) or not isinstance(called.__func__, FunctionType):
         return True
     return called.__func__.__code__.co_filename not in _FILES
+
+
+def looks_at_gradients(trainer: Trainer) -> bool:
+    """Whether the project may look at gradients between a worker's turns, so that they must be kept.
+
+    Asked at every step: hooks may be put on the module, and callbacks attached, at any time.
+    """
+    module = trainer.lightning_module
+    looking = ("on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end")
+    return (
+        not module.automatic_optimization
+        or any(does_something(module, hook) for hook in looking)
+        or any(does_something(callback, "on_before_zero_grad") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from lightning_diloco._lightning.loops import (
 )
 from lightning_diloco._lightning.reclassed import give_back
 from lightning_diloco._lightning.results import WorkerResults
-from lightning_diloco.world import World
+from lightning_diloco.comm.world import World
 
 _CLASSES: dict[type, type] = {
     _FitLoop: DilocoFitLoop,

@@ -11,7 +11,7 @@ strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,14 +28,13 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from lightning_diloco._lightning.connectors import DilocoSignalConnector
 from lightning_diloco._lightning.data import is_dealt, set_epoch, show_first_workers, split_batch
-from lightning_diloco._lightning.hooks import does_something, rank_of
-from lightning_diloco._lightning.launching import DilocoSignalConnector
+from lightning_diloco._lightning.hooks import does_something, looks_at_gradients, rank_of
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
-
-if TYPE_CHECKING:
-    from lightning_diloco.strategy import DilocoStrategy
+from lightning_diloco._lightning.trainer_state import logging_step, overfits, uses_distributed_sampler
+from lightning_diloco.fit import Fit
 
 Outputs = dict[str, Any]
 
@@ -43,22 +42,22 @@ _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_a
 
 
 class DilocoFitLoop(Reclassed, _FitLoop):
-    """The fit loop, which tells the strategy when training starts and ends."""
+    """The loop over epochs, which tells the fit when training begins and ends."""
 
     @property
-    def _strategy(self) -> "DilocoStrategy":
-        return _strategy_of(self.trainer)
+    def _fit(self) -> Fit:
+        return fit_of(self.trainer)
 
     @override
     def setup_data(self) -> None:
         # `Strategy.process_dataloader` isn't told the stage, and `trainer.training` is True for validation loaders too
         before = None if self._combined_loader is None else self._combined_loader.flattened
-        with self._strategy.dealing_training_data():
+        fit, trainer = self._fit, self.trainer
+        with fit.sharding(uses_distributed_sampler(trainer), overfits(trainer)):
             super().setup_data()
-            dealt = self._strategy.deals_training_data
         if self._combined_loader is not None and self._combined_loader.flattened is not before:
             show_first_workers(self._combined_loader)
-        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher) and dealt:
+        if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher) and fit.shards_data:
             raise MisconfigurationException(
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
                 " to its workers. Use `training_step(self, batch, batch_idx)`."
@@ -75,20 +74,20 @@ class DilocoFitLoop(Reclassed, _FitLoop):
     def restarting(self, restarting: bool) -> None:
         current: Any = self.epoch_progress.current
         complete = current.ready == current.started == current.processed
-        loop = _Loop if complete and self._strategy.num_workers > 1 else _FitLoop
+        loop = _Loop if complete and self._fit.settings.num_workers > 1 else _FitLoop
         loop.restarting.fset(self, restarting and not complete)  # type: ignore[attr-defined]
 
     @property
     @override
     def skip(self) -> bool:
         """Resumed from a file of the last local step, the outer step on the partial round is still to come."""
-        pending = self._strategy.awaits_final_sync and self.trainer.limit_train_batches != 0
+        pending = self._fit.awaits_final_sync and self.trainer.limit_train_batches != 0
         return super().skip and not pending
 
     @override
     def on_run_start(self) -> None:
-        self._strategy.start_engine()
-        self._strategy.in_loop = True
+        self._fit.start_engine()
+        self._fit.in_loop = True
         super().on_run_start()
 
     @override
@@ -96,7 +95,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         super().on_advance_start()
         progress: Any = self.epoch_progress
         begun = progress.current.ready > progress.current.completed
-        if not begun and self._strategy.num_workers > 1:
+        if not begun and self._fit.settings.num_workers > 1:
             # Resumed from the last on_train_batch_end of an epoch, Lightning goes on with the next without saying so:
             # the epoch doesn't count as begun, a file saved in it can't be resumed, and the hooks are left out.
             progress.increment_ready()
@@ -106,7 +105,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         assert self._combined_loader is not None
         for loader in self._combined_loader.flattened:
             set_epoch(loader, progress.current.processed)
-        self._strategy.engine.expect_outside_changes()
+        self._fit.engine.expect_outside_changes()
 
     @override
     def on_advance_end(self) -> None:
@@ -116,13 +115,15 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         super().on_advance_end()
         if values:
             _log(self.trainer, values, self.epoch_loop._batches_that_stepped - 1)
-        self._strategy.engine.end_epoch()
+        self._fit.engine.end_epoch()
 
     @override
     def on_run_end(self) -> None:
-        self._strategy.finish_training()  # before callbacks' on_train_end: EMA and SWA write their weights there
+        fit = self._fit
+        reports = fit.finish()  # before callbacks' on_train_end: EMA and SWA write their weights there
+        fit.deliver(reports, logging_step(self.trainer, after_training=True))
         _obey_signals(self.trainer)
-        self._strategy.in_loop = False
+        fit.in_loop = False
         super().on_run_end()
 
 
@@ -133,11 +134,10 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if self._resumes_after_validation(data_fetcher):
             return
-        trainer, strategy = self.trainer, _strategy_of(self.trainer)
-        engine, module = strategy.engine, trainer.lightning_module
-        strategy.look_at_hooks()
-        connector = trainer._logger_connector
-        strategy.follow_optimizers()
+        trainer, fit = self.trainer, fit_of(self.trainer)
+        engine, module, connector = fit.engine, trainer.lightning_module, trainer._logger_connector
+        fit.keeps_gradients = looks_at_gradients(trainer)
+        fit.follow_optimizers()
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         iterator = None  # of a `training_step(self, dataloader_iter)`, which only a single worker can have
         if isinstance(data_fetcher, _DataLoaderIterDataFetcher):
@@ -213,11 +213,11 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
 
     def _end_step(self) -> None:
         """Counts the local step, if an optimizer stepped, and synchronises if it is due."""
-        trainer, strategy = self.trainer, _strategy_of(self.trainer)
-        with trainer.profiler.profile(f"[Strategy]{type(strategy).__name__}.outer_step"):
+        trainer, fit = self.trainer, fit_of(self.trainer)
+        with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
             if not trainer.lightning_module.automatic_optimization:
-                strategy.engine.share_buffers_in_team()  # as DDP does before every forward
-            strategy.deliver(strategy.engine.end_step())
+                fit.engine.share_buffers_in_team()  # as DDP does before every forward
+            fit.deliver(fit.engine.end_step(), logging_step(trainer))
 
     @override
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -225,7 +225,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         if self.trainer._val_check_time_interval is None:
             return should
         # every process has a clock of its own
-        return bool(_strategy_of(self.trainer).world.first_decides(lambda: should))
+        return bool(fit_of(self.trainer).world.first_decides(lambda: should))
 
     def _resumes_after_validation(self, data_fetcher: _DataFetcher) -> bool:
         """After loading a checkpoint saved around a validation: whether this call has no batch to train on."""
@@ -235,7 +235,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             if self.restarted_on_last:
                 self._skip_next_val = True
                 return True
-            several = _strategy_of(self.trainer).engine.num_workers > 1
+            several = fit_of(self.trainer).engine.num_workers > 1
             with isolate_rng() if several else nullcontext():  # it draws a seed for the loader, which is not read
                 self.val_loop.increment_progress_to_evaluation_end()
         self.val_loop.restarting = False
@@ -264,7 +264,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
 
     def _run_workers(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
         """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
-        engine = _strategy_of(self.trainer).engine
+        engine = fit_of(self.trainer).engine
         automatic = self.trainer.lightning_module.automatic_optimization
         active = engine.algorithm.active(engine.local_steps + 1)
         turns = {
@@ -295,18 +295,18 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         self, turns: Mapping[int, Any], batch_idx: int, counters: "_Counters"
     ) -> dict[int, Outputs]:
         """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
-        strategy, loop = _strategy_of(self.trainer), self.automatic_optimization
-        engine = strategy.engine
+        fit, loop = fit_of(self.trainer), self.automatic_optimization
+        engine, parameters = fit.engine, self.trainer.lightning_module.parameters
         closures: dict[int, _Finished] = {}
         for w in counters.each(turns):
             with self._turn(w, turns[w].get("batch"), keep_gradients=True):
                 closure = loop._make_closure(turns[w], self.trainer.optimizers[0], batch_idx)
-                with strategy.gradients_in_team():
+                with fit.team.one_pass(parameters()):
                     closures[w] = _Finished(closure())
                 closures[w].output = closure.consume_result().asdict()
         engine.before_inner_steps()
         for w in counters.each(turns):
-            with self._turn(w, turns[w].get("batch")), strategy.gradients_are_means():
+            with self._turn(w, turns[w].get("batch")), fit.team.computed_before():
                 loop._optimizer_step(batch_idx, closures[w])
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 
@@ -326,17 +326,17 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
 
     @contextmanager
     def _turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:
-        strategy = _strategy_of(self.trainer)
+        fit = fit_of(self.trainer)
         connector, results = self.trainer._logger_connector, self._results
         assert isinstance(results, WorkerResults)
         first_iteration = connector._first_loop_iter
-        if first_iteration and worker != strategy.engine.local_workers[0]:
+        if first_iteration and worker != fit.engine.local_workers[0]:
             connector._first_loop_iter = False  # else the first log() of a hook drops the values of the workers before
-        keep = keep_gradients or self._should_accumulate() or strategy.project_keeps_gradients
+        keep = keep_gradients or self._should_accumulate() or fit.keeps_gradients
         try:
-            with rank_of(worker), results.turn(worker, batch), strategy.engine.turn(worker, keep_gradients=keep):
+            with rank_of(worker), results.turn(worker, batch), fit.engine.turn(worker, keep_gradients=keep):
                 yield
-                strategy.follow_optimizers()  # which is refused here
+                fit.follow_optimizers()  # which is refused here
         finally:
             connector._first_loop_iter = first_iteration
 
@@ -350,12 +350,13 @@ class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
 
     @override
     def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
-        strategy = _strategy_of(self.trainer)
-        if strategy.world.team > 1:  # whose members are data-parallel: Lightning refuses a step without a loss
+        if (
+            fit_of(self.trainer).world.team > 1
+        ):  # whose members are data-parallel: Lightning refuses a step without a loss
             return super()._training_step(kwargs)
         # Lightning refuses it in several processes, too, which wait for each other in every backward pass under DDP
         output = call._call_strategy_hook(self.trainer, "training_step", *kwargs.values())
-        strategy.post_training_step()
+        self.trainer.strategy.post_training_step()
         return self.output_result_cls.from_training_step_output(output, self.trainer.accumulate_grad_batches)
 
 
@@ -364,7 +365,7 @@ class DilocoValidationLoop(Reclassed, _EvaluationLoop):
 
     @override
     def run(self) -> list[Any]:
-        with _strategy_of(self.trainer).evaluation():  # outside inference mode, so that the mean is an ordinary tensor
+        with fit_of(self.trainer).evaluation():  # outside inference mode, so that the mean is an ordinary tensor
             outputs: list[Any] = super().run()
             return outputs
 
@@ -431,14 +432,14 @@ class _Finished:
         return self.loss
 
 
-# -------------------------------------------------------------------------------------------- small readings
+# -------------------------------------------------------------------------------------------- small trainer_state
 
 
-def _strategy_of(trainer: Trainer) -> "DilocoStrategy":
-    from lightning_diloco.strategy import DilocoStrategy
-
-    assert isinstance(trainer.strategy, DilocoStrategy)
-    return trainer.strategy
+def fit_of(trainer: Trainer) -> Fit:
+    """The fit that ``trainer`` runs."""
+    strategy: Any = trainer.strategy
+    assert isinstance(strategy._fit, Fit)
+    return strategy._fit
 
 
 def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:

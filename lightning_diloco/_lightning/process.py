@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -38,13 +38,12 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_diloco._lightning.data import DilocoDataConnector
-from lightning_diloco._lightning.launching import CopyLauncher, DilocoSignalConnector, ScriptLauncher, watch_parent
-from lightning_diloco._lightning.reclassed import give_back
+from lightning_diloco._lightning.connectors import install_connectors, uninstall_connectors
+from lightning_diloco._lightning.launching import CopyLauncher, ScriptLauncher, watch_parent
 from lightning_diloco._lightning.trainers import SharedStrategy
-from lightning_diloco.world import World, check_layout
-
-StartMethod = Literal["popen", "spawn", "fork"]
+from lightning_diloco.arguments import StartMethod
+from lightning_diloco.comm.world import World, check_layout
+from lightning_diloco.fit import Fit
 
 
 class _Assignable:
@@ -98,8 +97,8 @@ class ProcessStrategy(SharedStrategy):
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
         self._num_workers = num_workers
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
-        self.world = World(num_workers)
-        self.in_loop = False  # whether training has begun and not ended
+        self._world = World(num_workers)
+        self._fit: Fit | None = None  # the present or last one
         self._group_is_ours = False  # whether it was not there before
         self._end_watch: Callable[[], None] = _nothing
 
@@ -190,20 +189,20 @@ class ProcessStrategy(SharedStrategy):
         trainer = self._trainer_here
         if trainer is None:  # the Trainer's connectors are used without a run
             return
-        for name, ours in _CONNECTORS.items():
-            getattr(trainer, name).__class__ = ours
+        install_connectors(trainer)
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self.in_loop = False
+        if self._fit is not None:
+            self._fit.in_loop = False
         size = self._processes
         if size == 1:
-            self.world = World(self._num_workers)
+            self._world = World(self._num_workers)
             return
         self._end_watch()  # of an earlier run that an exception ended
         # processes that have agreed to stop end by themselves, when they have saved what they can
-        self._end_watch = watch_parent(self._launcher, self.cluster_environment, spare=lambda: self.world.stopping)
+        self._end_watch = watch_parent(self._launcher, self.cluster_environment, spare=lambda: self._world.stopping)
         if self._num_workers == 1:
             reset_seed()  # as DDP does; several workers have random streams of their own
         self.set_world_ranks()
@@ -217,13 +216,13 @@ class ProcessStrategy(SharedStrategy):
         _init_dist_connection(self.cluster_environment, backend, **options)
         if self._group_is_ours:
             atexit.unregister(_close_group)  # until this run has ended well: it would wait for a lost peer
-        if self.world.group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
-            self.world = World(self._num_workers, self._rank, size)
-            self.world.connect(self._timeout, self.settings)
-        self.world.signals, self.world.known_signals = set(), set()
+        if self._world.group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
+            self._world = World(self._num_workers, self._rank, size)
+            self._world.connect(self._timeout, self._compared_settings)
+        self._world.signals, self._world.known_signals = set(), set()
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def _compared_settings(self) -> dict[str, Any]:
         """What must be the same on all processes."""
         return {"num_nodes": self._num_workers}
 
@@ -242,8 +241,8 @@ class ProcessStrategy(SharedStrategy):
             tensors = _shareable(self.model)
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
             kinds = {n: f"{tuple(t.shape)} {t.dtype}{' trained' * (n in trained)}" for n, t in tensors.items()}
-            self.world.agree("the set-up of the module", kinds)
-            self.world.share(tensors.values(), 0, "the first process's weights")
+            self._world.agree("the set-up of the module", kinds)
+            self._world.share(tensors.values(), 0, "the first process's weights")
 
     @override
     def teardown(self) -> None:
@@ -252,8 +251,7 @@ class ProcessStrategy(SharedStrategy):
             self._leave_together()
         self._end_watch()
         if trainer is not None:
-            for name in _CONNECTORS:
-                give_back(getattr(trainer, name))
+            uninstall_connectors(trainer)
             if self._given.layer_sync is not None and self.is_distributed:
                 assert self.lightning_module is not None
                 self._given.layer_sync.revert(self.lightning_module)
@@ -264,18 +262,18 @@ class ProcessStrategy(SharedStrategy):
     def _leave_together(self) -> None:
         """A process that has started others and is done before them must not look like one that died."""
         try:
-            self.world.meet("the end of the run")
+            self._world.meet("the end of the run")
         except RuntimeError as error:  # this one's work is done all the same
             warnings.warn(str(error), stacklevel=2)
             return
         if self._group_is_ours:  # gloo's threads may abort a process that lets them run into the end of Python
-            _open_worlds.add(self.world)
+            _open_worlds.add(self._world)
             atexit.register(_close_group)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if isinstance(self._launcher, ScriptLauncher) and not self.world.stopping:
+        if isinstance(self._launcher, ScriptLauncher) and not self._world.stopping:
             self._launcher.end()
 
     # ---------------------------------------------------------------------------------------- what users may call
@@ -283,53 +281,45 @@ class ProcessStrategy(SharedStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            self.world.meet("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
+            self._world.meet("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
+        if args == ("run-stage",) and self._fit is not None and self._fit.in_trial:
+            self._fit.end_trial()  # the Trainer's word for: all is set up, the fit proper begins
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self.world.size == 1 or self._alone:
+        if self._world.size == 1 or self._alone:
             return obj
         objects = [obj]
-        self.world.meet("a broadcast")
+        self._world.meet("a broadcast")
         torch.distributed.broadcast_object_list(objects, src)
         return objects[0]
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", what: str = "", **_: Any) -> Any:
-        if self.world.size == 1 or self._alone or not isinstance(tensor, Tensor):
+        if self._world.size == 1 or self._alone or not isinstance(tensor, Tensor):
             return tensor
-        self.world.meet(f"a reduction {what or '(sync_dist=True does one)'}")
+        self._world.meet(f"a reduction {what or '(sync_dist=True does one)'}")
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self.world.size == 1 or self._alone:
+        if self._world.size == 1 or self._alone:
             return decision
         votes = self.reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
-        return bool(votes == self.world.size) if all else bool(votes)
+        return bool(votes == self._world.size) if all else bool(votes)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        if self.world.size == 1 or self._alone:
+        if self._world.size == 1 or self._alone:
             return tensor
-        self.world.meet("all_gather")
+        self._world.meet("all_gather")
         return _all_gather_ddp_if_available(tensor, group, sync_grads)
-
-    @property
-    def in_trial(self) -> bool:
-        """Whether the fit loop runs for a tuner, before the fit proper."""
-        return False
-
-    @property
-    def deals_training_data(self) -> bool:
-        """Whether the loader that is being set up is dealt to workers."""
-        return False
 
     @property
     def _alone(self) -> bool:
         """Whether an exception ends this process while the others may be anywhere."""
         interrupted = self._trainer_here is not None and self._trainer_here.interrupted
-        return interrupted and self.world.size > 1 and not self.world.stopping
+        return interrupted and self._world.size > 1 and not self._world.stopping
 
     @property
     def _trainer_here(self) -> Trainer | None:
@@ -344,13 +334,7 @@ class ProcessStrategy(SharedStrategy):
 
     @property
     def _only_starts_others(self) -> bool:
-        return isinstance(self._launcher, CopyLauncher) and self.world.size == 1
-
-
-_CONNECTORS: dict[str, type] = {  # attribute of the Trainer → its class during a run
-    "_signal_connector": DilocoSignalConnector,
-    "_data_connector": DilocoDataConnector,
-}
+        return isinstance(self._launcher, CopyLauncher) and self._world.size == 1
 
 
 _open_worlds: WeakSet[World] = WeakSet()

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco._lightning.reclassed import Reclassed
-from lightning_diloco.world import World
+from lightning_diloco.comm.world import World
 
 
 class WorkerResults(Reclassed, _ResultCollection):

@@ -8,8 +8,7 @@ import copy
 import math
 import operator
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -19,10 +18,8 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
-from lightning_diloco.randomness import RandomStream, derive_seed
-from lightning_diloco.world import World
-
-Partition = Callable[[Any, int], Sequence[Sequence[int]]]
+from lightning_diloco.fit import ShardPlan
+from lightning_diloco.state.randomness import RandomStream, derive_seed
 
 NO_PARTITION = (
     "`partition` deals the indices of a map-style dataset, but {what}. Pass a DataLoader over a dataset with"
@@ -43,37 +40,10 @@ TOO_FEW = (
 LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} workers and are dropped."
 
 
-@dataclass(frozen=True)
-class Dealing:
-    """How to deal: to whom, the run's seed, and the user's wishes."""
-
-    world: World
-    seed: int
-    partition: Partition | None
-    use_distributed_sampler: bool
-    overfit: bool
-    loader: int = 0  # which of the training loaders this is about: their samplers draw independently
-
-    @property
-    def workers(self) -> Sequence[int]:
-        """The workers hosted here."""
-        return self.world.workers
-
-    @property
-    def shards(self) -> int:
-        """Into how many parts the data is dealt: one per worker, or per process where a worker has several."""
-        return self.world.shards
-
-    @property
-    def parts(self) -> Sequence[int]:
-        """The parts of the workers hosted here."""
-        return [self.world.shard(w) for w in self.workers]
-
-
-def too_few(number: int, dealing: Dealing, what: str = "batch(es)") -> ValueError:
+def too_few(number: int, plan: ShardPlan, what: str = "batch(es)") -> ValueError:
     """The error for an epoch in which some worker would have no batch."""
-    team = f" of {dealing.world.team} processes each" if dealing.world.team > 1 else ""
-    return ValueError(TOO_FEW.format(number=f"{number} {what}", readers=f"{dealing.world.num_workers} workers{team}"))
+    team = f" of {plan.world.team} processes each" if plan.world.team > 1 else ""
+    return ValueError(TOO_FEW.format(number=f"{number} {what}", readers=f"{plan.world.num_workers} workers{team}"))
 
 
 class _Rounds(Protocol):
@@ -311,9 +281,9 @@ def independent(holder: Any) -> Any:
     return twin
 
 
-def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
+def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
     """The sampler (or batch sampler) that makes ``loader`` fetch the workers' batches in turn."""
-    n, seed, batches = dealing.shards, dealing.seed, loader.batch_sampler
+    n, seed, batches = plan.shards, plan.seed, loader.batch_sampler
     plain = batches is None or type(batches) is BatchSampler or _is_torchdatas(batches)
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
     shuffles = _shuffles(sampler)
@@ -321,36 +291,36 @@ def worker_sampler(loader: DataLoader[Any], dealing: Dealing) -> WorkerSampler:
     size = None if batches is None else getattr(batches, "batch_size", None)
     drop_last = bool(getattr(batches, "drop_last", False))
     rounds: _Rounds
-    if dealing.partition is not None:
+    if plan.partition is not None:
         if not (plain and default):
             custom = sampler if plain else batches
             raise ValueError(NO_PARTITION.format(what=f"the loader has a {type(custom).__name__} of its own"))
-        workers = dealing.world.num_workers
-        partition, dataset = dealing.partition, loader.dataset
-        parts = dealing.world.first_decides(
+        workers = plan.world.num_workers
+        partition, dataset = plan.partition, loader.dataset
+        parts = plan.world.first_decides(
             lambda: _checked_partition(partition(dataset, workers), workers, len(dataset))  # type: ignore[arg-type]
         )
-        rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not dealing.overfit, team=dealing.world.team)
-        return WorkerSampler(rounds, dealing.parts, size, drop_last)
+        rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not plan.overfit, team=plan.world.team)
+        return WorkerSampler(rounds, plan.shards_here, size, drop_last)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         if plain:
-            return WorkerSampler(_RankRounds(sampler, n), dealing.parts, size, drop_last)
-        return WorkerSampler(_RankRounds(sampler, n, batches), dealing.parts, None, False)
-    stream = derive_seed(seed, "loader", dealing.loader)
-    if not dealing.use_distributed_sampler:
+            return WorkerSampler(_RankRounds(sampler, n), plan.shards_here, size, drop_last)
+        return WorkerSampler(_RankRounds(sampler, n, batches), plan.shards_here, None, False)
+    stream = derive_seed(seed, "loader", plan.loader)
+    if not plan.use_distributed_sampler:
         whole: Any = sampler if batches is None else batches
         left = 0 if sized_len(whole) is None else len(whole) % n
         if left and len(whole) > n:
             rank_zero_warn(LEFT_OVER.format(left=left, workers=n))
         rounds = _DealtRounds(whole, n, stream, wrap=False, single=True)
-        return WorkerSampler(rounds, dealing.parts, None, False)
+        return WorkerSampler(rounds, plan.shards_here, None, False)
     if not plain:
-        return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), dealing.parts, None, False)
+        return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), plan.shards_here, None, False)
     if default:
-        sampler = DistributedSampler(loader.dataset, 1, 0, shuffle=not dealing.overfit, seed=seed)
+        sampler = DistributedSampler(loader.dataset, 1, 0, shuffle=not plan.overfit, seed=seed)
     drops = isinstance(sampler, DistributedSampler) and sampler.drop_last
     rounds = _DealtRounds(sampler, n, stream, wrap=not drops)
-    return WorkerSampler(rounds, dealing.parts, size, drop_last)
+    return WorkerSampler(rounds, plan.shards_here, size, drop_last)
 
 
 def _is_torchdatas(sampler: Any) -> bool:

@@ -1,7 +1,7 @@
 """The interface between the engine and an algorithm, and the report of one outer step.
 
 Owns no state and no arithmetic. An algorithm decides when workers communicate, what they exchange and what each does
-with it; everything it may touch is in the :class:`~lightning_diloco.context.SyncContext` it is given.
+with it; everything it may touch is in the :class:`~lightning_diloco.algorithms.context.SyncContext` it is given.
 
 Symbols, here and in every algorithm:
 
@@ -17,44 +17,12 @@ H          local steps per round (``diloco_interval``)
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_diloco.context import SyncContext
-
-
-@dataclass(frozen=True)
-class OuterStepReport:
-    """What happened at one synchronisation.
-
-    Attributes:
-        step: local steps done, from 1.
-        outer_step: synchronisations done, from 1.
-        kind: "round" after H local steps, "flush" for the partial round at the end of training; algorithms may add
-            others.
-        pseudo_gradient_norm: ‖Δ‖₂ over the parameters that were exchanged; None if the algorithm formed no mean.
-        drift: per worker ‖θ_i − θ‖₂ / ‖θ‖₂, with θ as it was before the step (the bare distance where ‖θ‖ = 0).
-        cosine: mean over pairs of workers of the cosine between Δ_i and Δ_j (a zero Δ_i counts as orthogonal to all);
-            None with fewer than two participants, without a mean, and with ``reduction="all_reduce"`` over several
-            processes, where nobody sees single Δ_i.
-        payload_bytes: bytes that each worker sent this round, one direction: Δ plus whatever buffers or state were
-            averaged.
-        participants: global ids of the workers whose Δ_i entered the mean.
-        seconds: wall-clock time of the synchronisation.
-    """
-
-    step: int
-    outer_step: int
-    kind: str
-    pseudo_gradient_norm: float | None
-    drift: tuple[float, ...]
-    cosine: float | None
-    payload_bytes: int
-    participants: tuple[int, ...]
-    seconds: float
+from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.algorithms.report import OuterStepReport
 
 
 class SyncAlgorithm(ABC):
@@ -70,13 +38,13 @@ class SyncAlgorithm(ABC):
     outer_defaults: ClassVar[Mapping[str, Any] | None] = None
     """Published arguments for ``torch.optim.SGD`` as outer optimizer; None: the algorithm has no outer optimizer."""
 
-    ctx: "SyncContext"
+    ctx: SyncContext
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made without the run."""
         return {name: value for name, value in vars(self).items() if name != "ctx"}
 
-    def setup(self, ctx: "SyncContext") -> None:
+    def setup(self, ctx: SyncContext) -> None:
         """Called once before the first step of a fit."""
         self.ctx = ctx
 

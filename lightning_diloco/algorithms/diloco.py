@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
+from lightning_diloco.algorithms.base import SyncAlgorithm
+from lightning_diloco.algorithms.report import OuterStepReport
 
 
 class Diloco(SyncAlgorithm):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diloco.bits import same_bits
-from lightning_diloco.comm import Comm
-from lightning_diloco.randomness import RandomStream
-from lightning_diloco.replicas import is_floating
-from lightning_diloco.worker import (
+from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.state.randomness import RandomStream
+from lightning_diloco.state.replicas import is_floating
+from lightning_diloco.state.worker import (
     Control,
     Groups,
     OptimizerState,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_diloco.randomness import RandomStream
+from lightning_diloco.state.randomness import RandomStream
 
 OptimizerState = dict[Any, Any]  # parameter → {name: tensor or Python value}, as in Optimizer.state
 Control = list[dict[str, Any]]  # one dict per parameter group

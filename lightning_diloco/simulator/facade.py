@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_diloco.arguments import as_integer, check_bool, check_count
-from lightning_diloco.evaluation import EvalStats, TrainStats
-from lightning_diloco.simulation import SimulatorCallback, SimulatorModule
+from lightning_diloco.simulator.callback import SimulatorCallback
+from lightning_diloco.simulator.metrics import EvalStats, TrainStats
+from lightning_diloco.simulator.module import SimulatorModule
 from lightning_diloco.strategy import DilocoStrategy
 
 _OWN_STRATEGY_ARGUMENTS = ("num_nodes", "diloco_interval", "outer_optimizer_cls", "outer_optimizer_kwargs")
@@ -56,7 +57,7 @@ class DilocoSimulator:
             process and step, as everywhere.)
         loss_fn: called as ``loss_fn(model(x), y)``; the mean over the batch, one number.
         train_dataset: pairs ``(x, y)``, with a length. For other items see
-            :class:`lightning_diloco.simulation.SimulatorModule`.
+            :class:`lightning_diloco.simulator.SimulatorModule`.
         eval_dataset: the outer model is evaluated on it after every outer step; results go to ``eval_loss_hook``, to
             the Trainer's loggers and to ``trainer.callback_metrics`` (``eval_loss``, ``eval_accuracy``,
             ``eval_perplexity``). Training is undisturbed.

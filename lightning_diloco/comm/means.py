@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_diloco.bits import flat
+from lightning_diloco.comm.tensors import flat
 
 CHUNK = 1 << 22
 """Elements that a process averages at a time, those of all its workers together."""

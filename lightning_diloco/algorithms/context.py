@@ -1,8 +1,8 @@
 """What an algorithm may touch, and what every synchronisation does whatever the algorithm.
 
-Owns the round clock, the diagnostics of a round, and the policies that apply at its end: buffers, frozen parameters,
-inner optimizer state, non-finite workers. :meth:`SyncContext.restart` is the only place that writes replicas. Does not
-own the outer step itself (``algorithms/``). Imports nothing of Lightning.
+Owns the round clock and the diagnostics of a round. :meth:`SyncContext.restart` is the only place that writes trainable
+parameters of replicas. Does not own the outer step itself (``algorithms/diloco.py``) nor the policies that apply at the
+end of a round (``state/policies.py``). Imports nothing of Lightning.
 """
 
 import math
@@ -10,35 +10,18 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_diloco.algorithms.base import OuterStepReport
-from lightning_diloco.bits import checksum, digest, same_bits
-from lightning_diloco.comm import Comm, Ledger
-from lightning_diloco.inner import InnerOptimizers, average_inner_state
-from lightning_diloco.likeness import Likeness, euclidean_norm, likeness_of
-from lightning_diloco.means import Differences
-from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, is_floating, put_buffer
-
-BufferPolicy = Literal["average", "first", "local"]
-InnerStatePolicy = Literal["keep", "reset", "average"]
-NonfinitePolicy = Literal["raise", "skip", "propagate"]
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a worker holds under a name: as much as others need to know to compare, and to make room for it."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    digest: bytes
-
-
-Survey = dict[int, dict[str, Held]]  # worker → name of a frozen parameter or buffer → what it holds
+from lightning_diloco.algorithms.report import Likeness, OuterStepReport, euclidean_norm, likeness_of
+from lightning_diloco.comm.channel import Comm, Ledger
+from lightning_diloco.comm.means import Differences
+from lightning_diloco.comm.tensors import checksum, same_bits
+from lightning_diloco.state.optimizers import InnerOptimizers
+from lightning_diloco.state.outer import Outer
+from lightning_diloco.state.policies import Policies, PolicyApplication, joined
+from lightning_diloco.state.replicas import Replicas
 
 
 @dataclass
@@ -64,7 +47,7 @@ class SyncContext:
         inner: the inner optimizers, and per worker its state, gradients and random stream.
         interval: H.
         num_workers: N.
-        buffers, inner_state, nonfinite: policies, see :class:`~lightning_diloco.DilocoStrategy`.
+        policies: see :class:`~lightning_diloco.DilocoStrategy`.
         local_steps: completed local steps.
         round_start: ``local_steps`` when the present round began.
         outer_steps: completed synchronisations.
@@ -76,13 +59,14 @@ class SyncContext:
     inner: InnerOptimizers
     interval: int
     num_workers: int
-    buffers: BufferPolicy = "average"
-    inner_state: InnerStatePolicy = "keep"
-    nonfinite: NonfinitePolicy = "raise"
+    policies: Policies = field(default_factory=Policies)
     local_steps: int = 0
     round_start: int = 0
     outer_steps: int = 0
     _round: _Round | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.shared = PolicyApplication(self.policies, self.replicas, self.outer, self.comm, self.inner)
 
     @property
     def ledger(self) -> Ledger:
@@ -150,10 +134,10 @@ class SyncContext:
         norms = self._joined_norms([theirs for theirs, _, _ in everybody])
         scale = euclidean_norm(theta[n] for n in self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
-        tolerant = self.num_workers == 1 or self.nonfinite == "propagate"
+        tolerant = self.num_workers == 1 or self.policies.nonfinite == "propagate"
         bad = [w for w in self.workers if not (tolerant or math.isfinite(norms[w]))]
         good = [w for w in self.workers if w not in bad]
-        if bad and (self.nonfinite == "raise" or not good):
+        if bad and (self.policies.nonfinite == "raise" or not good):
             raise RuntimeError(
                 f"The pseudo-gradient of worker {', '.join(map(str, bad))} is not finite at local step"
                 f" {self.local_steps} ({len(bad)} of {self.num_workers} workers). Its weights, or θ's, hold NaN or"
@@ -213,11 +197,11 @@ class SyncContext:
         assert done is not None, "end_round() without begin_round()"
         self.comm.observer = None
         where = f"the end of the synchronisation after {self.local_steps} local steps"
-        everybody = self.comm.world.meet(where, (self._survey(), done.likeness.parts()))
-        held = _joined([survey for survey, _ in everybody])
-        self._synchronise_frozen(done.participants, held)
-        self.synchronise_buffers(done.participants, held)
-        self._synchronise_inner_state(done)
+        everybody = self.comm.world.meet(where, (self.shared.survey_here(), done.likeness.parts()))
+        held = joined([survey for survey, _ in everybody])
+        self.shared.synchronise_frozen(done.participants, held)
+        self.shared.synchronise_buffers(done.participants, held)
+        self.shared.synchronise_inner_state(done.participants, done.dropped)
         self.round_start = self.local_steps
         self.outer_steps += 1
         self._round = None
@@ -233,111 +217,3 @@ class SyncContext:
             participants=tuple(done.participants),
             seconds=time.perf_counter() - done.started,
         )
-
-    # ---------------------------------------------------------------------------------------- frozen, buffers, state
-
-    def survey(self, where: str) -> Survey:
-        """What every worker holds in its frozen parameters and buffers; all processes ask together."""
-        return _joined(self.comm.world.meet(where, self._survey()))
-
-    def _survey(self) -> Survey:
-        layout, theta = self.replicas.layout, self.outer.state
-        reference: dict[str, Tensor | None] = {n: theta.tensors[n] for n in layout.frozen}
-        reference |= _named_buffers(layout, theta)
-        survey: Survey = {}
-        for w in self.local_workers:
-            tensors = {n: self.replicas.tensors(w)[n] for n in layout.frozen}
-            tensors |= _named_buffers(layout, self.replicas.states[w])
-            survey[w] = {
-                name: Held(t.shape, t.dtype, b"" if self.num_workers == 1 else digest(t, reference.get(name)))
-                for name, t in tensors.items()
-            }
-        return survey
-
-    def _synchronise_frozen(self, participants: list[int], held: Survey) -> None:
-        """Frozen parameters follow the policy of buffers: floating ones of floating buffers, others of integer ones."""
-        read, frozen = self.replicas.tensors, self.replicas.layout.frozen
-        here = read(self.local_workers[0])
-        differing = [n for n in frozen if not self.same(held, n)]
-        averaged = [n for n in differing if self.buffers != "first" and is_floating(here[n])]
-        values = self.comm.mean(averaged, read, participants, what=None)
-        others = [n for n in differing if n not in values]
-        values |= self.comm.copies_of(participants[0], others, read, like=here)
-        self.outer.assign({**{n: here[n] for n in frozen}, **values})
-        if self.buffers != "local":
-            self.comm.record("buffers", sum(here[n].nbytes for n in differing))
-            self.restart(self.workers, differing, values)
-
-    @torch.no_grad()
-    def synchronise_buffers(self, participants: Sequence[int] | None = None, held: Survey | None = None) -> None:
-        """Buffers follow the policy; tensors that all workers hold bit for bit are left alone and cost nothing.
-
-        Args:
-            participants: whose values count; default all workers'. The others get the result whatever the policy.
-            held: what every worker holds, if known.
-        """
-        participants = self.workers if participants is None else participants
-        held = held or self.survey(f"the synchronisation of buffers after {self.local_steps} local steps")
-        dropped = [w for w in self.workers if w not in participants]
-        theta, states = self.outer.state.buffers, self.replicas.states
-        common = self.common_buffers(participants, held, first=self.buffers == "first")
-        targets = [w for w in (self.workers if self.buffers != "local" else dropped) if w in self.local_workers]
-        for (position, name), value in common.items():
-            for w in targets:
-                put_buffer(states[w].buffers[position], name, value)
-            put_buffer(theta[position], name, value)
-        for (position, name), value in states[self.local_workers[0]].named_buffers():
-            full = f"{self.replicas.layout.module_names[position]}.{name}"
-            if (position, name) not in common and full in held[participants[0]]:
-                put_buffer(theta[position], name, value)
-        self.comm.record("buffers", sum(v.nbytes for v in common.values()) if self.buffers != "local" else 0)
-
-    def common_buffers(self, participants: Sequence[int], held: Survey, first: bool = False) -> dict[BufferKey, Tensor]:
-        """What stands for buffers of which workers hold different values, as new tensors.
-
-        The mean over the participants, if all have a floating tensor of the same shape and dtype; else, and with
-        ``first``, the first participant's. Buffers that the first participant lacks are left out.
-        """
-        layout = self.replicas.layout
-        device = next((t.device for t in self.outer.tensors.values()), self.comm.world.device)
-        leading = held[participants[0]]
-        position = {name: i for i, name in enumerate(layout.module_names)}
-        keys = {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}
-        differing = [n for n in keys if not self.same(held, n)]
-        like = {n: torch.empty(leading[n].shape, dtype=leading[n].dtype, device=device) for n in differing}
-        averaged = [
-            n
-            for n in differing
-            if not first and is_floating(like[n]) and len({_kind(held[w].get(n)) for w in participants}) == 1
-        ]
-
-        def read(worker: int) -> Mapping[str, Tensor]:
-            return _named_buffers(layout, self.replicas.states[worker])
-
-        values = self.comm.mean(averaged, read, participants, what=None, like=like)
-        values |= self.comm.copies_of(participants[0], [n for n in differing if n not in values], read, like)
-        return {keys[n]: values[n].to(like[n].dtype) for n in differing}
-
-    def same(self, held: Survey, name: str) -> bool:
-        """Whether all workers hold the same under a name, bit for bit."""
-        return len({held[w].get(name) for w in self.workers}) == 1
-
-    def _synchronise_inner_state(self, done: _Round) -> None:
-        targets = self.workers if self.inner_state == "reset" else done.dropped
-        for w in [w for w in targets if w in self.local_workers]:
-            self.inner.workers[w].reset_inner_state(self.inner.initial)
-        if self.inner_state == "average":
-            states = {w: self.inner.workers[w].states for w in self.local_workers if w in done.participants}
-            self.comm.record("inner_state", average_inner_state(self.comm, self.inner.live, states))
-
-
-def _joined(surveys: Sequence[Survey]) -> Survey:
-    return {w: held for survey in surveys for w, held in survey.items()}
-
-
-def _named_buffers(layout: Layout, state: ModelState) -> dict[str, Tensor]:
-    return {f"{layout.module_names[position]}.{name}": b for (position, name), b in state.named_buffers()}
-
-
-def _kind(held: Held | None) -> Any:
-    return None if held is None else (held.shape, held.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_diloco.replicas import Layout, ModelState
+from lightning_diloco.state.replicas import Layout, ModelState
 
 OuterFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
-from lightning_diloco.bits import same_bits
-from lightning_diloco.comm import Exchange, Ledger
-from lightning_diloco.context import SyncContext
-from lightning_diloco.means import mean_of
-from lightning_diloco.replicas import Layout, ModelState, put_buffer
-from lightning_diloco.worker import OptimizerState, Worker
-from lightning_diloco.world import World
+from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.comm.channel import Exchange, Ledger
+from lightning_diloco.comm.means import mean_of
+from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.world import World
+from lightning_diloco.state.replicas import Layout, ModelState, put_buffer
+from lightning_diloco.state.worker import OptimizerState, Worker
 
 VERSION = 1
 

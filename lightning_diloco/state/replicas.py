@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric
 
-from lightning_diloco.bits import same_bits
+from lightning_diloco.comm.tensors import same_bits
 
 BufferKey = tuple[int, str]  # (position of the submodule in Layout.modules, name of its buffer)
 

@@ -5,12 +5,44 @@ Owns measurements only, taken from what an exchange moves anyway. Imports nothin
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_diloco.bits import flat, real_view
+from lightning_diloco.comm.tensors import flat, real_view
+
+
+@dataclass(frozen=True)
+class OuterStepReport:
+    """What happened at one synchronisation.
+
+    Attributes:
+        step: local steps done, from 1.
+        outer_step: synchronisations done, from 1.
+        kind: "round" after H local steps, "flush" for the partial round at the end of training; algorithms may add
+            others.
+        pseudo_gradient_norm: ‖Δ‖₂ over the parameters that were exchanged; None if the algorithm formed no mean.
+        drift: per worker ‖θ_i − θ‖₂ / ‖θ‖₂, with θ as it was before the step (the bare distance where ‖θ‖ = 0).
+        cosine: mean over pairs of workers of the cosine between Δ_i and Δ_j (a zero Δ_i counts as orthogonal to all);
+            None with fewer than two participants, without a mean, and with ``reduction="all_reduce"`` over several
+            processes, where nobody sees single Δ_i.
+        payload_bytes: bytes that each worker sent this round, one direction: Δ plus whatever buffers or state were
+            averaged.
+        participants: global ids of the workers whose Δ_i entered the mean.
+        seconds: wall-clock time of the synchronisation.
+    """
+
+    step: int
+    outer_step: int
+    kind: str
+    pseudo_gradient_norm: float | None
+    drift: tuple[float, ...]
+    cosine: float | None
+    payload_bytes: int
+    participants: tuple[int, ...]
+    seconds: float
 
 
 class Likeness:

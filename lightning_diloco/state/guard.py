@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_diloco.bits import same_bits
-from lightning_diloco.replicas import Layout, ModelState
+from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.state.replicas import Layout, ModelState
 
 _WAY_OUT = (
     "Workers count steps and keep their states by the optimizers of `configure_optimizers`: return the optimizer there"

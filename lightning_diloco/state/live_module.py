@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_diloco.bits import digest, same_bits
-from lightning_diloco.outer import Outer
-from lightning_diloco.replicas import BufferKey, Layout, ModelState, Replicas, put_buffer
+from lightning_diloco.comm.tensors import digest, same_bits
+from lightning_diloco.state.outer import Outer
+from lightning_diloco.state.replicas import BufferKey, Layout, ModelState, Replicas, put_buffer
 
 Buffers = list[dict[str, Tensor | None]]
 

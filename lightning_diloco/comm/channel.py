@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_diloco.bits import bits_of, flat, real_view
-from lightning_diloco.means import CHUNK, accumulator, chunks, in_shape, mean_of, reader, room_for, shape_of
-from lightning_diloco.world import World
+from lightning_diloco.comm import means
+from lightning_diloco.comm.means import accumulator, chunks, in_shape, mean_of, reader, room_for, shape_of
+from lightning_diloco.comm.tensors import bits_of, flat, real_view
+from lightning_diloco.comm.world import World
 
 _MEAN = "a mean over workers"
 
@@ -148,7 +149,7 @@ class Comm:
         result = {n: room_for(like[n]) for n in names}
         for n in names:
             readers = [reader(tensors, n) for tensors in held]
-            for ((_, start, stop),) in chunks([n], like, CHUNK // len(held) or 1):
+            for ((_, start, stop),) in chunks([n], like, means.CHUNK // len(held) or 1):
                 pieces = [read(start, stop) for read in readers]
                 mean = result[n][start:stop].copy_(mean_of(pieces, weights))
                 if self.observer is not None:
@@ -176,7 +177,7 @@ class Comm:
                 latest[worker] = name, reader(held[worker], name)
             return latest[worker][1](start, stop)
 
-        for segments in chunks(names, like, CHUNK // len(world.workers) or 1):
+        for segments in chunks(names, like, means.CHUNK // len(world.workers) or 1):
             kind = like[segments[0][0]]
             width = -(-sum(stop - start for _, start, stop in segments) // world.size)
             rows = torch.zeros(len(held), width * world.size, dtype=kind.dtype.to_real(), device=kind.device)

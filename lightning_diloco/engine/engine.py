@@ -17,49 +17,37 @@ engine runs without a Trainer::
     engine.close()                                # gives hooks and gradients back
 """
 
-import copy
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_diloco import checkpoint
-from lightning_diloco.algorithms.base import OuterStepReport, SyncAlgorithm
-from lightning_diloco.comm import Comm
-from lightning_diloco.context import BufferPolicy, InnerStatePolicy, NonfinitePolicy, SyncContext
-from lightning_diloco.guard import StepGuard
-from lightning_diloco.inner import InnerOptimizers
-from lightning_diloco.outer import Outer, OuterFactory
-from lightning_diloco.public import PublicModel
-from lightning_diloco.randomness import RandomStream, derive_seed, process_state
-from lightning_diloco.refusals import (
+from lightning_diloco.algorithms.base import SyncAlgorithm
+from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.algorithms.report import OuterStepReport
+from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.world import World
+from lightning_diloco.engine import checkpoint
+from lightning_diloco.engine.views import Views
+from lightning_diloco.state.checks import (
     refuse_foreign_tensors,
     refuse_overlaps,
     refuse_unswappable,
     refuse_untrainable,
 )
-from lightning_diloco.replicas import Layout, ModelState, Replicas, copy_buffers, is_floating, put_buffer
-from lightning_diloco.worker import ScalerOwner
-from lightning_diloco.world import World
-
-EvalWeights = Literal["average", "outer", "worker"]
-
-
-@dataclass(frozen=True)
-class Policies:
-    """What the engine does where DiLoCo leaves a choice; see :class:`~lightning_diloco.DilocoStrategy`."""
-
-    eval_weights: EvalWeights = "average"
-    buffers: BufferPolicy = "average"
-    inner_state: InnerStatePolicy = "keep"
-    nonfinite: NonfinitePolicy = "raise"
-    share_frozen: bool = False
+from lightning_diloco.state.guard import StepGuard
+from lightning_diloco.state.live_module import PublicModel
+from lightning_diloco.state.optimizers import InnerOptimizers
+from lightning_diloco.state.outer import Outer, OuterFactory
+from lightning_diloco.state.policies import Policies
+from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
+from lightning_diloco.state.replicas import Layout, ModelState, Replicas
+from lightning_diloco.state.worker import ScalerOwner
 
 
 class Engine:
@@ -78,7 +66,7 @@ class Engine:
         schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
         initial: what a worker's optimizer states are reset to; default: what they are now.
         world: the processes that share the workers; default: this one hosts all.
-        ordered: see :class:`~lightning_diloco.comm.Comm`.
+        ordered: see :class:`~lightning_diloco.comm.channel.Comm`.
 
     Raises:
         ValueError: the module has nothing to train, or parameters that can't be replicated.
@@ -133,9 +121,15 @@ class Engine:
             inner=self._inner,
             interval=interval,
             num_workers=num_workers,
-            buffers=self.policies.buffers,
-            inner_state=self.policies.inner_state,
-            nonfinite=self.policies.nonfinite,
+            policies=self.policies,
+        )
+        self.views = Views(
+            self.context,
+            self._public,
+            algorithm.publish,
+            self.policies.eval_weights,
+            seed,
+            in_turn=lambda: self.current_worker is not None,
         )
         self._stepped = False  # whether an optimizer stepped since the last local step was counted
         self._stepped_workers: set[int] = set()  # the workers in whose turns that was
@@ -143,9 +137,6 @@ class Engine:
         self._moved_late = False  # whether an optimizer stepped after its batch was counted
         self._torn_outer_step = False  # whether an error interrupted the outer step
         self._guard = StepGuard()
-        self._outside_random: dict[str, Any] | None = None  # the process's generators, while validation has its own
-        self._looking = 0  # how many weights() windows are open
-        self.finished = False
         after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
         self._hooks = [register_optimizer_step_post_hook(lambda o, *_: (after_step() or _nothing)(o))]
         self._watch_groups()
@@ -160,7 +151,7 @@ class Engine:
         return self._public.transparent
 
     def pack(self, seed: int) -> dict[str, Any]:
-        """The state of the run, for a checkpoint; see :mod:`lightning_diloco.checkpoint`.
+        """The state of the run, for a checkpoint; see :mod:`lightning_diloco.engine.checkpoint`.
 
         Raises:
             RuntimeError: inside a worker's turn, where the workers are not at the same step.
@@ -171,12 +162,17 @@ class Engine:
                 " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
             )
         self._warn_of_torn_step()
-        if not self._looking and not self.finished:
+        if not self.views.open and not self.finished:
             self._inner.share_outside_changes()
-        random = self._outside_random or process_state()
+        random = self.views.outside_random or process_state()
         state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
         state["torn"] = {"workers": self.torn_step, "outer_step": self._torn_outer_step}
         return state
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over."""
+        return self.views.closed
 
     @property
     def stepped(self) -> bool:
@@ -208,7 +204,7 @@ class Engine:
 
     def _with_pending(self, state: ModelState) -> ModelState:
         """``state`` with what was written into the module since the last turn."""
-        return state if self._looking or self.finished else self._public.pending(state)
+        return state if self.views.open or self.finished else self._public.pending(state)
 
     @contextmanager
     def first_workers_state(self) -> Iterator[None]:
@@ -409,7 +405,7 @@ class Engine:
         self._public.take_over()
         complete = self.local_steps == self.context.round_start and not self._moved_late
         if complete or self.context.at_rest():
-            self.context.synchronise_buffers()
+            self.context.shared.synchronise_buffers()
             self._public.publish(self.algorithm.publish())
             return []
         self._inner.share_outside_changes()
@@ -425,8 +421,8 @@ class Engine:
     def _is_plain_run(self) -> bool:
         return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
 
-    def take_over(self) -> None:
-        """Takes over what was written into the module, also where it left no trace."""
+    def adopt_outside_changes(self) -> None:
+        """Adopts what was written into the module, also where it left no trace."""
         self._public.search()
         self._public.take_over()
 
@@ -439,17 +435,17 @@ class Engine:
         was_transparent, complete = self.transparent, self.local_steps == self.context.round_start
         self._public.set_transparent(False)
         if was_transparent and complete:
-            self.take_over()  # the only worker is θ, with what hooks wrote after the last round
+            self.adopt_outside_changes()  # the only worker is θ, with what hooks wrote after the last round
         else:
             self._public.publish(self.algorithm.publish())
-        self.finished = True
+        self.views.closed = True
 
     def close(self) -> None:
         """However the fit ended: the module is left with its own tensors, the optimizers with worker 0's state."""
         self._public.set_transparent(False)
         self._inner.share_outside_changes()
         self._inner.rest()
-        self.finished = True
+        self.views.closed = True
         for hook in self._hooks:
             hook.remove()
         for worker in self._inner.workers.values():
@@ -463,98 +459,6 @@ class Engine:
             self._outer.to(device)
             for worker in self._inner.workers.values():
                 worker.to(device)
-
-    # ---------------------------------------------------------------------------------------- looking at weights
-
-    @contextmanager
-    def weights(self, which: int | EvalWeights) -> Iterator[None]:
-        """A copy of the chosen weights and buffers is in the module inside the block; what is written to it is dropped.
-
-        Args:
-            which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
-        """
-        with torch.no_grad():
-            scratch = self._copy_of(which)
-            if self.current_worker is None and not self._looking and not self.finished:
-                pending = self._public.pending(scratch)
-                scratch.copy_from(pending.tensors, pending.buffers)
-        gradients = [(p, p.grad) for p in self._replicas.layout.everything]
-        self._looking += 1
-        try:
-            with self._replicas.layout.showing(scratch):
-                yield
-        finally:
-            self._looking -= 1
-            for p, gradient in gradients:
-                p.grad = gradient
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """The window of a validation run: ``eval_weights`` in the module, parameters and inner state a sandbox.
-
-        Buffers that change inside are adopted by value. With N > 1 the window has a random stream of its own, so that
-        training draws the same numbers however often it is validated. Optimizers with ``train()`` and ``eval()`` see
-        the mean of the workers' inner states: schedule-free's evaluation weights are linear in it.
-        """
-        if self._shows_eval_weights:
-            yield
-            return
-        stream = RandomStream(derive_seed(self._seed, "evaluation", self.local_steps), self._device)
-        self._outside_random = process_state()
-        try:
-            with stream.active() if self.num_workers > 1 else nullcontext(), self.weights(self.policies.eval_weights):
-                state = self._replicas.layout.read()
-                self._public.evaluated(state)
-                shown = state.buffers
-                before = copy_buffers(shown)
-                with self._inner.sandbox(self.context.comm):
-                    yield
-                after = [dict(own) for own in shown]
-        finally:
-            self._outside_random = None
-        self._public.write_buffers(before, after)
-
-    def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
-        """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
-
-        Args:
-            which: as in :meth:`weights`; None: what a checkpoint holds, that is ``eval_weights``, or what is live
-                during validation and after the end of training.
-        """
-        live = which is None and (self._looking or self.finished or self._shows_eval_weights)
-        with nullcontext() if live else self.weights(self.policies.eval_weights if which is None else which):
-            state = self.module.state_dict()
-            return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
-
-    @property
-    def _shows_eval_weights(self) -> bool:
-        return self.transparent and self.policies.eval_weights != "outer"
-
-    def _copy_of(self, which: int | EvalWeights) -> ModelState:
-        replicas, layout = self._replicas, self._replicas.layout
-        if which == "outer":
-            return layout.copy_of(ModelState(dict(self.algorithm.publish()), self._outer.state.buffers))
-        if isinstance(which, int):
-            return layout.copy_of(replicas.states[which])
-        comm, here = self.context.comm, self.local_workers[0]
-        scratch = layout.copy_of(replicas.states[here])
-        if which == "worker" and self.world.size == 1:
-            return scratch
-        held = self.context.survey(f"an evaluation after {self.local_steps} local steps")
-        if which == "worker":
-            values = comm.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
-        else:
-            differing = [n for n in layout.names if n not in layout.frozen or not self.context.same(held, n)]
-            floating = [n for n in differing if is_floating(scratch.tensors[n])]
-            values = comm.mean(floating, replicas.tensors, what=None)
-            others = [n for n in differing if n not in values]
-            values |= comm.copies_of(0, others, replicas.tensors, scratch.tensors)
-        for name, value in values.items():
-            scratch.tensors[name].copy_(value)
-        common = self.context.common_buffers(self.context.workers, held, first=which == "worker")
-        for (position, name), value in common.items():
-            put_buffer(scratch.buffers[position], name, value)
-        return scratch
 
     # ---------------------------------------------------------------------------------------- what others may read
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_diloco.replicas import Layout
-from lightning_diloco.worker import flatten_optimizers
+from lightning_diloco.state.replicas import Layout
+from lightning_diloco.state.worker import flatten_optimizers
 
 
 def refuse_unswappable(module: nn.Module) -> None:

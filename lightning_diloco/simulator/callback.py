@@ -1,12 +1,10 @@
-"""What DilocoSimulator puts into a Trainer: a LightningModule around the user's model, and a callback.
+"""The callback that DilocoSimulator attaches: when the user's hooks, evaluations and checkpoint files come.
 
-Owns the loss on a batch, and *when* the user's hooks, evaluations and checkpoint files come. Does not own the arguments
-(``simulator.py``), the metrics (``evaluation.py``) nor anything about workers.
+Does not own the loss on a batch (``module.py``) nor the metrics (``metrics.py``).
 """
 
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -14,104 +12,13 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_diloco.evaluation import EvalStats, Evaluation, TrainStats, mean_metric
+from lightning_diloco.simulator.metrics import EvalStats, Evaluation, TrainStats, mean_metric
+from lightning_diloco.simulator.module import SimulatorModule, guarded
 from lightning_diloco.strategy import DilocoStrategy
-
-
-class SimulatorModule(L.LightningModule):
-    """The LightningModule that the simulator trains: ``loss_fn(model(x), y)`` on batches ``(x, y)``.
-
-    For other batches, override :meth:`split` (and :meth:`forward` if the model doesn't take one argument), and name
-    your class in the simulator::
-
-        class Captions(SimulatorModule):
-            def split(self, batch):
-                return batch["image"], batch["caption"]
-
-        class CaptionSimulator(DilocoSimulator):
-            module_cls = Captions
-
-    A file of the simulator loads with ``SimulatorModule.load_from_checkpoint(path, model=..., loss_fn=...).model``.
-
-    Args:
-        model: any module.
-        loss_fn: ``(output, y) → one number``.
-        optimizer_cls: a torch optimizer class.
-        optimizer_kwargs: its arguments.
-        cosine_steps: local steps over which a cosine takes the learning rate to 0; None: it is constant.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[..., Tensor],
-        optimizer_cls: type[Optimizer] = torch.optim.AdamW,
-        optimizer_kwargs: Mapping[str, Any] | None = None,
-        cosine_steps: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-        self._optimizer_cls, self._optimizer_kwargs = optimizer_cls, dict(optimizer_kwargs or {})
-        self._cosine_steps = cosine_steps
-
-    @override
-    def forward(self, x: Any) -> Any:
-        return self.model(x)
-
-    def split(self, batch: Any) -> tuple[Any, Any]:
-        """``batch`` as ``(x, y)``.
-
-        Raises:
-            MisconfigurationException: it isn't a pair.
-        """
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            size = f" of {len(batch)} items" if isinstance(batch, (tuple, list, dict)) else ""
-            raise MisconfigurationException(
-                f"The dataset's batches are a {type(batch).__name__}{size}, but must be pairs `(x, y)`. For others,"
-                " override `split(self, batch)` in a subclass of lightning_diloco.simulation.SimulatorModule so that it"
-                " returns `(x, y)`, and set `module_cls` to it in a subclass of DilocoSimulator."
-            )
-        return batch[0], batch[1]
-
-    def evaluate(self, batch: Any) -> tuple[Tensor, Any, Any]:
-        """Loss (one number), output and target of a batch.
-
-        Raises:
-            MisconfigurationException: ``loss_fn`` doesn't return one number.
-        """
-        x, y = self.split(batch)
-        output = self(x)
-        loss = self.loss_fn(output, y)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise MisconfigurationException(
-                f"`loss_fn` returned {found}, but must return a tensor with one number: the mean over the batch."
-            )
-        return loss, output, y
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss: Tensor = _guarded("The model or `loss_fn`", self.evaluate, batch)[0]
-        self.log("train_loss", loss, prog_bar=True, logger=bool(self.trainer.loggers), batch_size=1)
-        return loss
-
-    @override
-    def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer_cls(self.parameters(), **self._optimizer_kwargs)
-        total = self._cosine_steps
-        if total is None:
-            return optimizer
-        # in closed form, so that a run resumed with another `total` ends at 0 too
-        schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class SimulatorCallback(L.Callback):
@@ -246,7 +153,7 @@ class SimulatorCallback(L.Callback):
                 for batch in islice(batches, self._eval_iters):
                     batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
                     batch = strategy.batch_to_device(batch, dataloader_idx=0)
-                    loss, output, target = _guarded("The model or `loss_fn`", module.evaluate, batch)
+                    loss, output, target = guarded("The model or `loss_fn`", module.evaluate, batch)
                     evaluation.update(loss, output, target, samples=min(left, batches.batch_size))
                     left -= batches.batch_size
             finally:
@@ -258,16 +165,8 @@ class SimulatorCallback(L.Callback):
 def _call(trainer: L.Trainer, name: str, hook: Callable[[Any], None], stats: TrainStats) -> None:
     """Calls a hook on the first process; all stop if it sets ``trainer.should_stop``."""
     if trainer.is_global_zero:
-        _guarded(f"`{name}`", hook, stats)
+        guarded(f"`{name}`", hook, stats)
     trainer.should_stop = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)
-
-
-def _guarded(source: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """Calls; a StopIteration, which would tell Lightning's loop that the data has ended, becomes an error."""
-    try:
-        return function(argument)
-    except StopIteration as error:
-        raise RuntimeError(f"{source} raised StopIteration.") from error
 
 
 def _strategy_of(trainer: L.Trainer) -> DilocoStrategy:

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_diloco.bits import bits_of, flat, real_view
-from lightning_diloco.means import CHUNK
+from lightning_diloco.comm import means
+from lightning_diloco.comm.tensors import bits_of, flat, real_view
 
 
 class World:
@@ -214,15 +214,15 @@ class World:
                     f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which a worker's {self.team}"
                     " processes can't average. Use `sparse=False`, or at most as many processes as workers."
                 )
-        for some in _buckets(held, CHUNK):
+        for some in _buckets(held, means.CHUNK):
             has = torch.tensor([p.grad is not None for p in some], dtype=some[0].dtype.to_real(), device=some[0].device)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
             pieces = [flat(t) for t in [*gradients, has]]
             together = torch.cat(pieces).div_(self.team)
             with self.talking("the mean of its team's gradients"):
                 dist.all_reduce(together, group=self._team_group)
-            *means, present = torch.split(together, [t.numel() for t in pieces])
-            for p, gradient, mean, somewhere in zip(some, gradients, means, present.tolist(), strict=True):
+            *averages, present = torch.split(together, [t.numel() for t in pieces])
+            for p, gradient, mean, somewhere in zip(some, gradients, averages, present.tolist(), strict=True):
                 if somewhere:
                     p.grad = gradient
                     real_view(gradient).copy_(mean.view_as(real_view(gradient)))

@@ -1,0 +1,1 @@
+"""Processes, and the tensors that workers send each other. Imports nothing of Lightning."""

@@ -1,0 +1,143 @@
+"""Views of the weights: copies of a worker's, the mean or θ in the live module, for evaluation and for files.
+
+Owns the windows in which the live module shows such a copy, and what becomes of changes made inside. Does not own the
+module between turns (``state/live_module.py``). Imports nothing of Lightning.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.state.live_module import PublicModel
+from lightning_diloco.state.policies import EvalWeights
+from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
+from lightning_diloco.state.replicas import ModelState, copy_buffers, is_floating, put_buffer
+
+
+class Views:
+    """Windows in which the live module shows other weights.
+
+    Args:
+        context: the workers, θ and the channel.
+        live: the live module.
+        publish: gives the outer model that the algorithm publishes.
+        which: the weights that validation and checkpoints see.
+        seed: the run's seed; for N > 1 a validation has a random stream of its own.
+        in_turn: whether a worker's turn is under way.
+
+    Attributes:
+        open: number of windows that are open.
+        closed: training is over: the module shows θ, and what is written into it stays.
+        outside_random: the process's generators, while a validation has a stream of its own.
+    """
+
+    def __init__(
+        self,
+        context: SyncContext,
+        live: PublicModel,
+        publish: Callable[[], Mapping[str, Tensor]],
+        which: EvalWeights,
+        seed: int,
+        in_turn: Callable[[], bool],
+    ) -> None:
+        self._context, self._live, self._publish = context, live, publish
+        self._which, self._seed, self._in_turn = which, seed, in_turn
+        self.open = 0
+        self.closed = False
+        self.outside_random: dict[str, Any] | None = None
+
+    @contextmanager
+    def weights(self, which: int | EvalWeights) -> Iterator[None]:
+        """A copy of the chosen weights and buffers is in the module inside the block; what is written to it is dropped.
+
+        Args:
+            which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
+        """
+        with torch.no_grad():
+            scratch = self._copy_of(which)
+            if not self._in_turn() and not self.open and not self.closed:
+                pending = self._live.pending(scratch)
+                scratch.copy_from(pending.tensors, pending.buffers)
+        gradients = [(p, p.grad) for p in self._context.replicas.layout.everything]
+        self.open += 1
+        try:
+            with self._context.replicas.layout.showing(scratch):
+                yield
+        finally:
+            self.open -= 1
+            for p, gradient in gradients:
+                p.grad = gradient
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The window of a validation run: ``eval_weights`` in the module, parameters and inner state a sandbox.
+
+        Buffers that change inside are adopted by value. With N > 1 the window has a random stream of its own, so that
+        training draws the same numbers however often it is validated. Optimizers with ``train()`` and ``eval()`` see
+        the mean of the workers' inner states: schedule-free's evaluation weights are linear in it.
+        """
+        if self._shows_eval_weights:
+            yield
+            return
+        world = self._context.comm.world
+        stream = RandomStream(derive_seed(self._seed, "evaluation", self._context.local_steps), world.device)
+        self.outside_random = process_state()
+        try:
+            with stream.active() if self._context.num_workers > 1 else nullcontext(), self.weights(self._which):
+                state = self._context.replicas.layout.read()
+                self._live.evaluated(state)
+                shown = state.buffers
+                before = copy_buffers(shown)
+                with self._context.inner.sandbox(self._context.comm):
+                    yield
+                after = [dict(own) for own in shown]
+        finally:
+            self.outside_random = None
+        self._live.write_buffers(before, after)
+
+    def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
+        """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
+
+        Args:
+            which: as in :meth:`weights`; None: what a checkpoint holds, that is ``eval_weights``, or what is live
+                during validation and after the end of training.
+        """
+        live = which is None and (self.open or self.closed or self._shows_eval_weights)
+        with nullcontext() if live else self.weights(self._which if which is None else which):
+            state = self._context.replicas.layout.module.state_dict()
+            return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+
+    @property
+    def _shows_eval_weights(self) -> bool:
+        return self._live.transparent and self._which != "outer"
+
+    def _copy_of(self, which: int | EvalWeights) -> ModelState:
+        replicas, layout = self._context.replicas, self._context.replicas.layout
+        if which == "outer":
+            return layout.copy_of(ModelState(dict(self._publish()), self._context.outer.state.buffers))
+        if isinstance(which, int):
+            return layout.copy_of(replicas.states[which])
+        comm, here = self._context.comm, self._context.local_workers[0]
+        scratch = layout.copy_of(replicas.states[here])
+        if which == "worker" and self._context.comm.world.size == 1:
+            return scratch
+        held = self._context.shared.survey(f"an evaluation after {self._context.local_steps} local steps")
+        if which == "worker":
+            values = comm.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
+        else:
+            differing = [n for n in layout.names if n not in layout.frozen or not self._context.shared.same(held, n)]
+            floating = [n for n in differing if is_floating(scratch.tensors[n])]
+            values = comm.mean(floating, replicas.tensors, what=None)
+            others = [n for n in differing if n not in values]
+            values |= comm.copies_of(0, others, replicas.tensors, scratch.tensors)
+        for name, value in values.items():
+            scratch.tensors[name].copy_(value)
+        common = self._context.shared.common_buffers(self._context.workers, held, first=which == "worker")
+        for (position, name), value in common.items():
+            put_buffer(scratch.buffers[position], name, value)
+        return scratch

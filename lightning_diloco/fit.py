@@ -1,0 +1,313 @@
+"""The life of one fit: its engine, the checkpoint that it resumes, its shards of the data, its reports.
+
+Owns everything that begins with ``Trainer.fit`` and ends with it. Lightning's loops (``_lightning/loops.py``) ask this
+object and never the strategy; the strategy hands on what its users read. Does not own a step (``engine/engine.py``).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_diloco.algorithms import OuterStepReport, SyncAlgorithm
+from lightning_diloco.arguments import configured_groups
+from lightning_diloco.callback import DilocoCallback
+from lightning_diloco.comm.team import TeamGradients
+from lightning_diloco.comm.world import World
+from lightning_diloco.engine import checkpoint
+from lightning_diloco.engine.engine import Engine
+from lightning_diloco.state.outer import OuterFactory, needs_closure
+from lightning_diloco.state.policies import Policies
+from lightning_diloco.state.randomness import run_seed, set_process_state
+from lightning_diloco.state.worker import OptimizerState, copy_state, flatten_optimizers
+
+Partition = Callable[[Any, int], Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The arguments of a :class:`~lightning_diloco.DilocoStrategy` that shape a run.
+
+    Attributes:
+        configured: algorithm and outer optimizer as plain values, which a resumed run must share with its file.
+    """
+
+    num_workers: int
+    interval: int
+    algorithm: SyncAlgorithm
+    outer_factory: OuterFactory
+    policies: Policies
+    final_sync: bool
+    partition: Partition | None
+    configured: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How a training loader is divided: among which workers, with which seed, and by which wishes of the user."""
+
+    world: World
+    seed: int
+    partition: Partition | None
+    use_distributed_sampler: bool
+    overfit: bool
+    loader: int = 0  # number of the training loader: the samplers of several loaders draw independently
+
+    @property
+    def workers(self) -> Sequence[int]:
+        """The workers hosted here."""
+        return self.world.workers
+
+    @property
+    def shards(self) -> int:
+        """Number of shards: one per worker, or per process where a worker has several."""
+        return self.world.shards
+
+    @property
+    def shards_here(self) -> Sequence[int]:
+        """The shards of the workers hosted here."""
+        return [self.world.shard(w) for w in self.workers]
+
+
+@dataclass
+class Fit:
+    """One fit of one Trainer.
+
+    Args:
+        settings: the strategy's.
+        trainer: the Trainer that fits.
+
+    Attributes:
+        world: the processes; known from :meth:`begin` on.
+        team: averages gradients where a worker has several processes.
+        in_trial: whether the fit loop runs for a tuner (LR finder, batch-size finder), before the fit proper.
+        in_loop: whether the training loop has begun and not ended.
+        keeps_gradients: whether the project looks at gradients between a worker's turns.
+        plan: how the training loader that is being set up is divided; None outside ``setup_data``.
+    """
+
+    settings: RunSettings
+    trainer: Trainer
+    world: World = field(default_factory=lambda: World(1))
+    in_trial: bool = True
+    in_loop: bool = False
+    keeps_gradients: bool = False
+    plan: ShardPlan | None = None
+    started: Engine | None = None
+    _seed: int = 0
+    _ordered: bool = True
+    _resumed: dict[str, Any] | None = None  # a checkpoint's state, until the engine has applied it
+    _initial_state: Sequence[OptimizerState] | None = None
+    _configured: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.team = TeamGradients(self.world)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; from :meth:`start_engine` on."""
+        assert self.started is not None, "the training loop has not begun"
+        return self.started
+
+    @property
+    def training(self) -> bool:
+        """Whether the workers have begun and not finished; the engine of a tuner's trial has finished."""
+        return self.started is not None and not self.started.finished
+
+    @property
+    def reporters(self) -> list[DilocoCallback]:
+        """The Trainer's callbacks that report outer steps."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if isinstance(c, DilocoCallback)]
+
+    # ---------------------------------------------------------------------------------------- beginning
+
+    def begin(self, world: World, ordered: bool) -> None:
+        """The processes are known.
+
+        Args:
+            world: the processes and the workers that each hosts.
+            ordered: whether means are summed in the workers' order.
+        """
+        self.world, self._ordered = world, ordered
+        self.team = TeamGradients(world)
+        self._seed = world.first_decides(run_seed)
+
+    def set_up(self, optimizers: Sequence[Any]) -> None:
+        """``configure_optimizers`` has been called: the present state is the one that workers are reset to."""
+        if self.settings.algorithm.needs_gradients:
+            _check_needs_gradients(self.settings.algorithm, self.trainer)
+        self._initial_state = [copy_state(o.state) for o in flatten_optimizers(optimizers)]
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """The fit continues from ``checkpoint["diloco"]``, if there is one."""
+        self._resumed = state
+
+    def use_seed(self, seed: int) -> None:
+        """The seed of the run that is resumed replaces that of this process."""
+        self._seed = seed
+
+    @property
+    def awaits_final_sync(self) -> bool:
+        """Whether the file that this fit resumes from was saved in the middle of a round."""
+        state = self._resumed
+        return self.settings.final_sync and state is not None and state["local_steps"] > state["round_start"]
+
+    def end_trial(self) -> None:
+        """A tuner is done, if there was one, and the fit proper begins."""
+        self.in_trial = False
+        self._drop_engine()
+
+    def _drop_engine(self) -> None:
+        if self.started is not None:
+            self.started.close()
+            self.started = None
+
+    def start_engine(self) -> None:
+        """The training loop is about to begin: every worker starts from the module's values."""
+        self._drop_engine()  # of an earlier trial
+        strategy, settings = self.trainer.strategy, self.settings
+        scaler = getattr(strategy.precision_plugin, "scaler", None)
+        self.started = Engine(
+            self.trainer.lightning_module,
+            strategy.optimizers,
+            num_workers=settings.num_workers,
+            interval=settings.interval,
+            algorithm=settings.algorithm,
+            outer_factory=settings.outer_factory,
+            policies=settings.policies,
+            seed=self._seed,
+            scaler_owner=None if scaler is None else strategy.precision_plugin,  # type: ignore[arg-type]
+            schedulers=self._schedulers_in_turns,
+            initial=self._initial_state,
+            world=self.world,
+            ordered=self._ordered,
+        )
+        groups = configured_groups(self.started.outer_optimizer)
+        if self._resumed is not None:
+            checkpoint.check_settings(self._resumed["settings"], groups, "The checkpoint")
+            self.started.resume(self._resumed)
+        self._configured = {**settings.configured, **groups}
+
+    def train(self) -> None:
+        """Callbacks' ``on_train_start`` have run, and may have changed weights and optimizers: the first step comes."""
+        self.engine.adopt_outside_changes()
+        if self._resumed is None:
+            self.engine.restart_optimizers()
+        elif self.settings.num_workers > 1:
+            set_process_state(self._resumed["random"])
+        self._resumed = None
+
+    # ---------------------------------------------------------------------------------------- training
+
+    @property
+    def _schedulers_in_turns(self) -> Sequence[Any]:
+        """LR schedulers that workers step in their turns, under manual optimization."""
+        automatic = self.trainer.lightning_module.automatic_optimization
+        return () if automatic else [c.scheduler for c in self.trainer.strategy.lr_scheduler_configs]
+
+    def follow_optimizers(self) -> None:
+        """Tells the engine where ``setup_optimizers`` or ``trainer.optimizers = …`` has replaced the optimizers."""
+        if self.training:
+            self.engine.use_optimizers(self.trainer.strategy.optimizers, self._schedulers_in_turns)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """The window of a validation run; before training (in the sanity check) the module is left as it is."""
+        self.follow_optimizers()
+        with self.engine.views.evaluation() if self.training else nullcontext():
+            yield
+
+    def deliver(self, reports: Sequence[OuterStepReport], logging_step: int) -> None:
+        """Hands reports to the callbacks.
+
+        Args:
+            reports: of the outer steps since the last call.
+            logging_step: the step at which Lightning logs the present batch.
+        """
+        for report in [] if self.in_trial else reports:
+            for callback in self.reporters:
+                callback.report(self.trainer, self.trainer.lightning_module, report, logging_step)
+
+    def finish(self) -> Sequence[OuterStepReport]:
+        """Training ended normally: the last outer step, and θ in the module."""
+        reports = self.engine.flush() if self.settings.final_sync else []
+        self.engine.finish()
+        return reports
+
+    def close(self) -> None:
+        """However the fit ended: the module has its tensors back; what a tuner tried is forgotten."""
+        if self.started is not None:
+            self.started.close()
+        if self.in_trial:
+            self.started = None
+        elif self.started is not None:
+            self.started.to(torch.device("cpu"))
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    def pack(self, module: LightningModule | None) -> dict[str, Any] | None:
+        """The state of the run for a checkpoint of ``module``; None where there is none. All processes call it."""
+        self.follow_optimizers()
+        if self.started is None or self.started.module is not module:
+            return None
+        return self.started.pack(self._seed)
+
+    def complete(
+        self, state: dict[str, Any], loader: dict[str, Any] | None, state_dict: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """``state`` as it stands in a file; see :func:`lightning_diloco.engine.checkpoint.complete`."""
+        return checkpoint.complete(state, self._configured, loader, state_dict)
+
+    # ---------------------------------------------------------------------------------------- data
+
+    @contextmanager
+    def sharding(self, use_distributed_sampler: bool, overfit: bool) -> Iterator[None]:
+        """Inside, the loaders that Lightning sets up are training loaders.
+
+        Args:
+            use_distributed_sampler: the Trainer's argument.
+            overfit: whether the Trainer's ``overfit_batches`` is in force.
+        """
+        self.plan = ShardPlan(self.world, self._seed, self.settings.partition, use_distributed_sampler, overfit)
+        try:
+            yield
+        finally:
+            self.plan = None
+
+    @property
+    def shards_data(self) -> bool:
+        """Whether training loaders are divided among workers; a single worker reads the user's loaders."""
+        return self.settings.num_workers > 1 or self.settings.partition is not None
+
+    def next_plan(self) -> ShardPlan | None:
+        """How the loader that is being set up is divided; None if it isn't."""
+        plan = self.plan
+        if plan is None or not self.shards_data:
+            return None
+        self.plan = replace(plan, loader=plan.loader + 1)
+        return plan
+
+
+def _check_needs_gradients(algorithm: SyncAlgorithm, trainer: Trainer) -> None:
+    name, module = type(algorithm).__name__, trainer.lightning_module
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} changes gradients before the inner step, which needs automatic optimization;"
+            f" {type(module).__name__} sets `automatic_optimization = False`."
+        )
+    for optimizer in trainer.strategy.optimizers:
+        if needs_closure(optimizer):
+            raise MisconfigurationException(
+                f"{name} needs one backward pass per step, but {type(optimizer).__name__} runs as many as it"
+                " likes. Use another inner optimizer."
+            )
+    if getattr(trainer.strategy.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"{name} exchanges gradients, which a gradient scaler scales differently on each worker. Use"
+            " `precision='bf16-mixed'` or '32-true'."
+        )
