@@ -135,7 +135,7 @@ class Fit:
         """
         self.world, self._ordered = world, ordered
         self.team = TeamGradients(world)
-        self._seed = world.first_decides(run_seed)
+        self._seed = world.decided_by_first(run_seed)
 
     def set_up(self, optimizers: Sequence[Any]) -> None:
         """``configure_optimizers`` has been called: the present state is the one that workers are reset to."""

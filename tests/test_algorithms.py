@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_diloco import DilocoCallback, DilocoStrategy, OuterStepReport, SyncAlgorithm
 from lightning_diloco.algorithms import Diloco
-from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine.engine import Engine
 
@@ -21,12 +21,12 @@ from lightning_diloco.engine.engine import Engine
 class PeriodicAveraging(SyncAlgorithm):
     """Local SGD: every H steps all workers take the mean of their weights."""
 
-    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
+    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
         ctx = self.ctx
-        if not ctx.due(tick):
+        if not ctx.due(step):
             return []
         workers = ctx.begin_round()
-        ctx.outer.assign(ctx.comm.mean(ctx.names, ctx.replicas.tensors, workers, what="weights"))
+        ctx.outer.assign(ctx.channel.mean(ctx.names, ctx.replicas.tensors, workers, what="weights"))
         ctx.restart(workers, ctx.names, ctx.outer.tensors)
         return [ctx.end_round()]
 
@@ -36,27 +36,27 @@ class DataParallel(SyncAlgorithm):
 
     needs_gradients = True
 
-    def before_inner_step(self, tick: int) -> None:
+    def before_inner_step(self, step: int) -> None:
         ctx = self.ctx
         gradients = {w: ctx.gradients(w) for w in ctx.local_workers}
-        mean = ctx.comm.mean(ctx.names, gradients.__getitem__, what="gradients")
+        mean = ctx.channel.mean(ctx.names, gradients.__getitem__, what="gradients")
         for own in gradients.values():
             for name, gradient in own.items():
                 gradient.copy_(mean[name])
 
-    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
+    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
         return []
 
 
 class Gossip(SyncAlgorithm):
     """Workers 0 and 1 take the middle between them; uses exchange, slots, alpha, and counts in its own word."""
 
-    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
+    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
         ctx = self.ctx
-        if not ctx.due(tick):
+        if not ctx.due(step):
             return []
         ctx.begin_round()
-        received = ctx.comm.exchange([(0, 1)], ctx.names, ctx.replicas.tensors, what="gossip")
+        received = ctx.channel.exchange([(0, 1)], ctx.names, ctx.replicas.tensors, what="gossip")
         for worker, values in received.items():
             for name, value in values.items():
                 ctx.replicas.slot(worker, "partner")[name].copy_(value)
@@ -65,12 +65,12 @@ class Gossip(SyncAlgorithm):
 
 
 class OneAtATime(SyncAlgorithm):
-    """Only worker (tick mod N) steps."""
+    """Only worker (step mod N) steps."""
 
-    def active(self, tick: int) -> Collection[int]:
-        return [tick % self.ctx.num_workers]
+    def active(self, step: int) -> Collection[int]:
+        return [step % self.ctx.num_workers]
 
-    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
+    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
         return []
 
 
@@ -184,7 +184,7 @@ def test_only_some_parameters_can_move() -> None:
             ctx = self.ctx
             ctx.begin_round()
             some = ctx.names[:2]
-            ctx.outer.step(some, ctx.comm.mean(some, ctx.pseudo_gradient))
+            ctx.outer.step(some, ctx.channel.mean(some, ctx.pseudo_gradient))
             ctx.restart(ctx.workers, some, ctx.outer.tensors)
             return ctx.end_round(kind)
 
@@ -198,7 +198,7 @@ def test_only_some_parameters_can_move() -> None:
 
 
 def test_weighted_means_and_their_errors() -> None:
-    comm = Comm(World(3), lambda: 7)
+    comm = Channel(World(3), lambda: 7)
     tensors = [{"x": torch.tensor([float(10**w)])} for w in range(3)]
     assert comm.mean(["x"], tensors.__getitem__, weights=[1, 2, 1])["x"].item() == 30.25
     assert comm.mean(["x"], tensors.__getitem__, workers=[0, 2])["x"].item() == 50.5

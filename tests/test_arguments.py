@@ -62,7 +62,7 @@ def outcome(spoil: bool = False, **arguments: Any) -> Any:
 
 
 class EveryStep(Diloco):
-    def after_inner_step(self, tick):
+    def after_inner_step(self, step):
         return [self._synchronise("round")]
 
 
@@ -158,7 +158,7 @@ def test_one_strategy_object_serves_several_trainers() -> None:
 
 
 class NoOuter(SyncAlgorithm):
-    def after_inner_step(self, tick):
+    def after_inner_step(self, step):
         return []
 
 

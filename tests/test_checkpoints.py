@@ -367,8 +367,8 @@ class Mixing(Diloco):
     def __init__(self, share: float = 0.5, codec: Any = None) -> None:
         self._share, self.codec, self.rounds = share, codec, 0
 
-    def after_inner_step(self, tick):
-        reports = super().after_inner_step(tick)
+    def after_inner_step(self, step):
+        reports = super().after_inner_step(step)
         self.rounds += len(reports)
         return reports
 

@@ -126,8 +126,8 @@ class Twice(Diloco):
     def __init__(self, times: int = 2) -> None:
         self.times = times
 
-    def after_inner_step(self, tick: int) -> Any:
-        return [self._synchronise("round")] if tick % (self.ctx.interval // self.times) == 0 else []
+    def after_inner_step(self, step: int) -> Any:
+        return [self._synchronise("round")] if step % (self.ctx.interval // self.times) == 0 else []
 
 
 def test_a_nested_algorithm_and_a_partition_in_yaml(tmp_path: Path) -> None:

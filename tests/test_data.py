@@ -1341,7 +1341,7 @@ def test_a_partition_is_asked_again_when_the_loader_is_reloaded():
     ],
 )
 def test_a_process_that_hosts_some_workers_reads_their_batches_only(make, partition, monkeypatch):
-    monkeypatch.setattr(World, "first_decides", lambda self, decide: decide())  # there are no other processes to ask
+    monkeypatch.setattr(World, "decided_by_first", lambda self, decide: decide())  # there are no other processes to ask
 
     def read(rank: int, size: int) -> tuple[int, list[dict[int, Any]]]:
         world = World(4, rank, size)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_diloco import Diloco, DilocoCallback, DilocoStrategy, OuterStepReport
 from lightning_diloco.comm import means
-from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.means import Differences, mean_of
 from lightning_diloco.comm.tensors import flat
 from lightning_diloco.comm.world import World
@@ -403,9 +403,9 @@ class LooksAtInnerState(Diloco):
         workers = self.ctx.inner.workers
         return [[list(s.values()) for s in workers[i].states] for i in workers], [workers[i].control for i in workers]
 
-    def after_inner_step(self, tick: int) -> Any:
+    def after_inner_step(self, step: int) -> Any:
         before = copy.deepcopy(self._states())
-        reports = super().after_inner_step(tick)
+        reports = super().after_inner_step(step)
         torch.testing.assert_close(self._states()[0], before[0], atol=0, rtol=0)
         assert self._states()[1] == before[1]
         assert torch.stack([state[0][0]["exp_avg"] for state in before[0]]).std(0).any()
@@ -632,7 +632,7 @@ def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
     """All workers' pseudo-gradients at once would be N more models in memory."""
 
     class Look:
-        def saw(self, what, name, start, rows, mean):
+        def add(self, what, name, start, rows, mean):
             seen.append((name, start, len(mean)))
 
     def tensors(seed):
@@ -644,7 +644,7 @@ def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
     seen, reads, flattened = [], [], []
     theta, held = tensors(9), {w: tensors(w) for w in range(3)}
     names = list(theta)
-    over = Comm(World(3), lambda: 0)
+    over = Channel(World(3), lambda: 0)
     over.observer = Look()
     differences = {n: [theta[n] - held[w][n] for w in range(3)] for n in names}
     pairs = [torch.view_as_real(d) for d in differences.pop("complex")]  # so that no layout divides complex numbers

@@ -55,8 +55,8 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
 
 LAYERS = """
     comm.tensors comm.means comm.world comm.team comm.channel
-    state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module state.checks
-    state.guard
+    state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module
+    state.checks state.guard
     algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
     engine.checkpoint engine.views engine.engine
     arguments callback fit

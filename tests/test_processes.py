@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diloco import DilocoCallback, DilocoSimulator, DilocoStrategy
 from lightning_diloco.comm import means, world
-from lightning_diloco.comm.channel import Comm
-from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.channel import Channel
+from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.comm.world import World
 
 LAYOUTS = [1, 2, 4]
@@ -139,7 +139,7 @@ def joined(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
     """Bit for bit, whatever is inside."""
     if isinstance(a, torch.Tensor):
-        assert same_bits(a, b), f"{where}: {a} != {b}"
+        assert bitwise_equal(a, b), f"{where}: {a} != {b}"
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
@@ -349,7 +349,7 @@ def test_auto_is_ordered_on_one_machine_and_all_reduces_across_machines(tmp_path
         strategy = DilocoStrategy(num_nodes=2)
         t = trainer(strategy, devices=2 // machines, num_nodes=machines, max_steps=1, default_root_dir=tmp_path)
         t.fit(Project(), loader())
-        comm = strategy._engine.context.comm
+        comm = strategy._engine.context.channel
         return comm.ordered, (strategy.num_nodes, t.num_nodes, t.world_size, t.node_rank, t.local_rank, t.global_rank)
 
     assert run(ordered, 2, 1, out=tmp_path / "1") == [(True, (1, 1, 2, 0, 0, 0)), (True, (1, 1, 2, 0, 1, 1))]
@@ -518,7 +518,7 @@ def test_pairs_that_cross_processes_in_either_direction_swap(tmp_path: Path) -> 
         if size > 1:
             dist.init_process_group("gloo", rank=world.rank, world_size=size)
             world.connect(None, {})
-        over = Comm(world, lambda: 0)
+        over = Channel(world, lambda: 0)
         held = {w: {"x": torch.full((3,), float(w))} for w in world.workers}
         received = over.exchange([(0, 2), (3, 1)], ["x"], held.__getitem__)
         mean = over.mean(["x"], held.__getitem__, workers=[2, 0], weights=[3, 1])["x"][0].item()
@@ -646,7 +646,7 @@ def test_a_worker_may_leave_out_a_step_wherever_it_is_hosted_and_log_whole_numbe
     assert one["logged"]["truth_step"] == 0.5
     for process in two:
         for name, value in one["weights"].items():
-            assert same_bits(process["weights"][name], value), name
+            assert bitwise_equal(process["weights"][name], value), name
         assert process["local"] == one["local"] == 4
         assert process["logged"] == one["logged"]
 
@@ -710,14 +710,14 @@ def test_the_process_group_may_be_destroyed_between_fits(tmp_path: Path) -> None
 
 
 def test_barriers_may_have_names_of_their_own(tmp_path: Path) -> None:
-    def meet() -> int:
+    def gather_all() -> int:
         strategy = DilocoStrategy(num_nodes=2, diloco_interval=4)
         t = trainer(strategy, devices=2, max_steps=2, default_root_dir=tmp_path)
         t.fit(Project(), loader())
         strategy.barrier(f"process {t.global_rank} is here")
         return strategy.local_steps
 
-    assert run(meet, 2, out=tmp_path / "out") == [2, 2]
+    assert run(gather_all, 2, out=tmp_path / "out") == [2, 2]
 
 
 def test_an_outer_optimizer_may_have_objects_among_its_arguments(tmp_path: Path) -> None:

@@ -425,8 +425,8 @@ def test_the_loss_is_that_of_the_workers_that_took_a_step() -> None:
         module_cls = Pauses
 
     class Alone(Diloco):
-        def active(self, tick: int) -> list[int]:
-            return [tick % 3]
+        def active(self, step: int) -> list[int]:
+            return [step % 3]
 
     log = Log()
     s = simulator(PausingSimulator, train_loss_hook=log.append)
@@ -602,7 +602,7 @@ def test_the_outer_model_is_evaluated_in_rounds_too(tmp_path: Path) -> None:
     class Apart(Diloco):
         def _synchronise(self, kind: str) -> Any:
             ctx, outer = self.ctx, self.ctx.outer
-            outer.step(outer.names, ctx.comm.mean(outer.names, ctx.pseudo_gradient, ctx.begin_round()))
+            outer.step(outer.names, ctx.channel.mean(outer.names, ctx.pseudo_gradient, ctx.begin_round()))
             return ctx.end_round(kind)
 
     log, expected = Log(), []

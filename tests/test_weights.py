@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from torch import nn
 
 from lightning_diloco import DilocoStrategy
-from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.tensors import bitwise_equal
 
 
 def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -527,13 +527,13 @@ def test_modules_that_cannot_be_replicated_are_refused() -> None:
 
 def test_same_bits() -> None:
     nan = torch.tensor([float("nan"), 1.0])
-    assert same_bits(nan, nan.clone())
-    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-    assert not same_bits(nan, nan.double())
+    assert bitwise_equal(nan, nan.clone())
+    assert not bitwise_equal(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not bitwise_equal(nan, nan.double())
     for dtype in (torch.bfloat16, torch.float64, torch.complex64, torch.int64, torch.bool):
         x = torch.tensor([1, 0, 1]).to(dtype)
-        assert same_bits(x, x.clone())
-        assert not same_bits(x, 1 - x if dtype is not torch.bool else ~x)
+        assert bitwise_equal(x, x.clone())
+        assert not bitwise_equal(x, 1 - x if dtype is not torch.bool else ~x)
 
 
 def test_a_second_fit_starts_afresh_from_the_modules_weights() -> None:

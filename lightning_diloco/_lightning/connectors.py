@@ -80,7 +80,7 @@ class DilocoSignalConnector(Reclassed, _SignalConnector):
 
 
 class DilocoDataConnector(Reclassed, _DataConnector):
-    """Gives each process its part of what isn't dealt to workers: Lightning asks a parallel strategy for the ranks."""
+    """Gives each process its shard of loaders that workers don't share; Lightning asks parallel strategies only."""
 
     @override
     def _requires_distributed_sampler(self, dataloader: DataLoader[Any]) -> bool:

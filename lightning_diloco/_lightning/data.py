@@ -15,7 +15,7 @@ its own batch sampler                           every N-th batch of the batch sa
 with ``partition=``                             its list of indices; shorter lists wrap to the longest
 ==============================================  ================================================================
 
-Indices and batches that are dealt from a sampler are made divisible by N by repeating the first ones (unless
+Indices and batches that are sharded from a sampler are made divisible by N by repeating the first ones (unless
 ``drop_last``), as ``DistributedSampler`` does. Where a worker has k processes, N·k takes the place of N, and member j
 of worker i's team reads what is number j·N + i's.
 
@@ -72,7 +72,7 @@ UNCLEAR_PARTITION = (
 
 
 class WorkerBatches:
-    """What a dealt loader yields: one batch per worker hosted here. A leaf for everything that walks collections."""
+    """What a sharded loader yields: one batch per worker hosted here. A leaf for everything that walks collections."""
 
     def __init__(self, by_worker: dict[int, Any]) -> None:
         self.by_worker = by_worker
@@ -89,7 +89,7 @@ def split_batch(batch: Any, workers: Sequence[int]) -> dict[int, Any]:
     return {w: pick(w) for w in workers}
 
 
-def shard(loader: Any, plan: ShardPlan) -> "DealtLoader":
+def shard(loader: Any, plan: ShardPlan) -> "ShardedLoader":
     """A loader that yields :class:`WorkerBatches` from what ``loader`` yields; its length counts local steps.
 
     Raises:
@@ -104,34 +104,34 @@ def shard(loader: Any, plan: ShardPlan) -> "DealtLoader":
         stream = f"{type(loader.dataset).__name__} is an IterableDataset" if isinstance(loader, DataLoader) else None
         stream = stream or f"the loader is a {type(loader).__name__}"
         raise ValueError(NO_PARTITION.format(what=f"{stream}, a stream"))
-    dealt = DealtLoader(loader, plan, sampler)
+    sharded = ShardedLoader(loader, plan, sampler)
     batches = sized_len(loader)
-    if batches and sized_len(dealt) == 0:
+    if batches and sized_len(sharded) == 0:
         raise too_few(batches, plan)
-    return dealt
+    return sharded
 
 
 def original(loader: Any) -> Any:
-    """The user's loader behind a dealt one, or the loader itself."""
-    return loader._loader if type(loader) in (DealtLoader, FirstWorkersLoader) else loader
+    """The user's loader behind a sharded one, or the loader itself."""
+    return loader._loader if type(loader) in (ShardedLoader, FirstWorkersLoader) else loader
 
 
-def is_dealt(combined: CombinedLoader) -> bool:
-    """Whether training reads dealt loaders; N = 1 reads the user's."""
-    return any(type(loader) is DealtLoader for loader in combined.flattened)
+def is_sharded(combined: CombinedLoader) -> bool:
+    """Whether training reads sharded loaders; N = 1 reads the user's."""
+    return any(type(loader) is ShardedLoader for loader in combined.flattened)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tells a dealt loader which epoch its next ``iter()`` belongs to."""
-    if type(loader) is DealtLoader:
+    """Tells a sharded loader which epoch its next ``iter()`` belongs to."""
+    if type(loader) is ShardedLoader:
         loader.set_epoch(epoch)
 
 
 def show_first_workers(combined: CombinedLoader) -> None:
     """Makes ``trainer.train_dataloader`` the first worker's batches; ``flattened``, which training reads, stays."""
-    if is_dealt(combined):
+    if is_sharded(combined):
         # new objects: a loader that referred to its view would keep its processes after a reload
-        views = [FirstWorkersLoader(x) if type(x) is DealtLoader else x for x in combined.flattened]
+        views = [FirstWorkersLoader(x) if type(x) is ShardedLoader else x for x in combined.flattened]
         combined._iterables = tree_unflatten(views, combined._spec)
 
 
@@ -146,7 +146,7 @@ class _Place:
     skip: int = 0  # batches of each worker that a checkpoint had consumed
 
 
-class DealtLoader:
+class ShardedLoader:
     """Yields one batch per worker hosted here and local step. Other attributes are those of a copy of the loader."""
 
     _loader: Any
@@ -166,7 +166,7 @@ class DealtLoader:
 
     def __reduce__(self) -> Any:
         """``__class__`` would mislead ``pickle``."""
-        return DealtLoader, (self._loader, self._plan, self._sampler), {"_place": self._place}
+        return ShardedLoader, (self._loader, self._plan, self._sampler), {"_place": self._place}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # protocols of Python's that the loader may have, but this hasn't
@@ -188,7 +188,7 @@ class DealtLoader:
         return batches // len(plan.workers)
 
     @property
-    def sampler(self) -> "DealtLoader":
+    def sampler(self) -> "ShardedLoader":
         """What Lightning calls ``set_epoch`` on."""
         return self
 
@@ -219,10 +219,10 @@ class FirstWorkersLoader:
     Reading it leaves the training's position, samplers and random numbers alone.
     """
 
-    _dealt: DealtLoader
+    _dealt: ShardedLoader
 
-    def __init__(self, dealt: DealtLoader) -> None:
-        vars(self).update(_dealt=dealt)
+    def __init__(self, sharded: ShardedLoader) -> None:
+        vars(self).update(_dealt=sharded)
 
     @property
     def _loader(self) -> Any:
@@ -234,16 +234,16 @@ class FirstWorkersLoader:
         return type(self._loader)
 
     def __reduce__(self) -> Any:
-        """As for a dealt loader."""
+        """As for a sharded loader."""
         return FirstWorkersLoader, (self._dealt,)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        dealt = vars(self)["_dealt"]
-        if dealt._sampler is not None and vars(dealt._source).get(name) is dealt._sampler:
-            return dealt._sampler.of(dealt._plan.shards_here[:1])
-        return getattr(dealt._source, name)
+        sharded = vars(self)["_dealt"]
+        if sharded._sampler is not None and vars(sharded._source).get(name) is sharded._sampler:
+            return sharded._sampler.of(sharded._plan.shards_here[:1])
+        return getattr(sharded._source, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._loader, name, value)
@@ -260,18 +260,18 @@ class FirstWorkersLoader:
         return repr(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        dealt, plan = self._dealt, self._dealt._plan
-        first, loader = plan.workers[:1], dealt._loader
-        sampler, source = dealt._sampler, independent(dealt._source)
+        sharded, plan = self._dealt, self._dealt._plan
+        first, loader = plan.workers[:1], sharded._loader
+        sampler, source = sharded._sampler, independent(sharded._source)
         if isinstance(loader, DataLoader):
             sampler = None if sampler is None else sampler.of(plan.shards_here[:1])
             source = _copied(source, sampler, plan, first)
             vars(source).update(persistent_workers=False)
             if sampler is None:
                 vars(source).update(dataset=independent(loader.dataset))
-        stream = RandomStream(derive_seed(plan.seed, "train_dataloader", plan.loader, dealt._place.epoch))
+        stream = RandomStream(derive_seed(plan.seed, "train_dataloader", plan.loader, sharded._place.epoch))
         with isolate_rng(), stream.active():
-            groups = _read(source, sampler, plan, first, dealt._place.epoch)
+            groups = _read(source, sampler, plan, first, sharded._place.epoch)
         while True:
             with isolate_rng(), stream.active():
                 group = next(groups, None)
@@ -406,7 +406,7 @@ class _Notes:
         loader: the name of the loader's class.
         workers: whose batches the sampler yields in turn.
         sampler: the loader's.
-        plan: how the data is dealt.
+        plan: how the data is sharded.
     """
 
     def __init__(self, loader: str, workers: Sequence[int], sampler: "WorkerSampler", plan: ShardPlan) -> None:

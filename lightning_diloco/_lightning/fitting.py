@@ -18,11 +18,12 @@ from lightning_diloco._lightning import installation, trainer_state
 from lightning_diloco._lightning.data import shard
 from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.team import TeamStrategy
+from lightning_diloco.algorithms.base import is_plain_run
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.engine import checkpoint as checkpoint_format
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.fit import Fit, RunSettings
-from lightning_diloco.state.outer import is_plain_average, trial_optimizer
+from lightning_diloco.state.outer import trial_optimizer
 
 Reduction = Literal["auto", "ordered", "all_reduce"]
 
@@ -42,9 +43,8 @@ class FitStrategy(TeamStrategy):
         super().__init__(settings.num_workers, **processes)
         self._settings = settings
         self._reduction = reduction
-        has_outer = settings.algorithm.outer_defaults is not None
         trial = trial_optimizer(settings.outer_factory)
-        self._is_plain_run = settings.num_workers == 1 and has_outer and is_plain_average(trial)
+        self._is_plain_run = is_plain_run(settings.num_workers, settings.algorithm, trial)
         self._callback = DilocoCallback()
 
     @property

@@ -117,7 +117,7 @@ def uninstall(trainer: Trainer) -> None:
     """Gives the loops their classes back, and the user's loaders to the loader collection they came in."""
     fit_loop = trainer.fit_loop
     if fit_loop._combined_loader is not None:
-        fit_loop._combined_loader.reset()  # ends the processes of the dealt loaders, which are about to be let go
+        fit_loop._combined_loader.reset()  # ends the processes of the sharded loaders, which are about to be let go
         fit_loop._data_fetcher = None  # its own teardown would now ask the loader for a length that it no longer knows
         fit_loop._combined_loader.flattened = [original(loader) for loader in fit_loop._combined_loader.flattened]
     for holder in _live_objects(trainer):

@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import DilocoSignalConnector
-from lightning_diloco._lightning.data import is_dealt, set_epoch, show_first_workers, split_batch
+from lightning_diloco._lightning.data import is_sharded, set_epoch, show_first_workers, split_batch
 from lightning_diloco._lightning.hooks import does_something, looks_at_gradients, rank_of
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
@@ -149,8 +149,8 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             batch_idx = self.batch_idx + 1
             self.batch_progress.is_last_batch = data_fetcher.done
             workers, combined = engine.local_workers, data_fetcher.combined_loader
-            # what no loader was dealt for is handed through untouched
-            batches = self._transfer(split_batch(fetched, workers) if is_dealt(combined) else {workers[0]: fetched})
+            # what no loader was sharded for is handed through untouched
+            batches = self._transfer(split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched})
             given = {w: batch for w, batch in batches.items() if batch is not None}
         batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
@@ -216,7 +216,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         trainer, fit = self.trainer, fit_of(self.trainer)
         with trainer.profiler.profile(f"[Strategy]{type(trainer.strategy).__name__}.outer_step"):
             if not trainer.lightning_module.automatic_optimization:
-                fit.engine.share_buffers_in_team()  # as DDP does before every forward
+                fit.engine.broadcast_buffers_in_team()  # as DDP does before every forward
             fit.deliver(fit.engine.end_step(), logging_step(trainer))
 
     @override
@@ -225,7 +225,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         if self.trainer._val_check_time_interval is None:
             return should
         # every process has a clock of its own
-        return bool(fit_of(self.trainer).world.first_decides(lambda: should))
+        return bool(fit_of(self.trainer).world.decided_by_first(lambda: should))
 
     def _resumes_after_validation(self, data_fetcher: _DataFetcher) -> bool:
         """After loading a checkpoint saved around a validation: whether this call has no batch to train on."""

@@ -236,13 +236,13 @@ class ProcessStrategy(SharedStrategy):
     @override
     def model_to_device(self) -> None:
         super().model_to_device()
-        if self.is_distributed:  # everybody starts from process 0's weights, as under DDP
+        if self.is_distributed:  # gathered starts from process 0's weights, as under DDP
             assert self.model is not None
             tensors = _shareable(self.model)
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
             kinds = {n: f"{tuple(t.shape)} {t.dtype}{' trained' * (n in trained)}" for n, t in tensors.items()}
-            self._world.agree("the set-up of the module", kinds)
-            self._world.share(tensors.values(), 0, "the first process's weights")
+            self._world.check_equal("the set-up of the module", kinds)
+            self._world.broadcast(tensors.values(), 0, "the first process's weights")
 
     @override
     def teardown(self) -> None:
@@ -262,7 +262,7 @@ class ProcessStrategy(SharedStrategy):
     def _leave_together(self) -> None:
         """A process that has started others and is done before them must not look like one that died."""
         try:
-            self._world.meet("the end of the run")
+            self._world.gather_all("the end of the run")
         except RuntimeError as error:  # this one's work is done all the same
             warnings.warn(str(error), stacklevel=2)
             return
@@ -281,7 +281,7 @@ class ProcessStrategy(SharedStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            self._world.meet("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
+            self._world.gather_all("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
         if args == ("run-stage",) and self._fit is not None and self._fit.in_trial:
             self._fit.end_trial()  # the Trainer's word for: all is set up, the fit proper begins
 
@@ -290,7 +290,7 @@ class ProcessStrategy(SharedStrategy):
         if self._world.size == 1 or self._alone:
             return obj
         objects = [obj]
-        self._world.meet("a broadcast")
+        self._world.gather_all("a broadcast")
         torch.distributed.broadcast_object_list(objects, src)
         return objects[0]
 
@@ -298,7 +298,7 @@ class ProcessStrategy(SharedStrategy):
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", what: str = "", **_: Any) -> Any:
         if self._world.size == 1 or self._alone or not isinstance(tensor, Tensor):
             return tensor
-        self._world.meet(f"a reduction {what or '(sync_dist=True does one)'}")
+        self._world.gather_all(f"a reduction {what or '(sync_dist=True does one)'}")
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
@@ -312,7 +312,7 @@ class ProcessStrategy(SharedStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         if self._world.size == 1 or self._alone:
             return tensor
-        self._world.meet("all_gather")
+        self._world.gather_all("all_gather")
         return _all_gather_ddp_if_available(tensor, group, sync_grads)
 
     @property

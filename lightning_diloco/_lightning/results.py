@@ -122,9 +122,9 @@ class WorkerResults(Reclassed, _ResultCollection):
         shared = {key: list(v.values()) for key, v in self._step_values.items() if self[key].meta.sync.should}
         if shared and self._world.size > 1:
             numbers = {key: [v.tolist() for v in values] for key, values in shared.items()}
-            everybody = self._world.meet("self.log(..., sync_dist=True)", numbers)
+            gathered = self._world.gather_all("self.log(..., sync_dist=True)", numbers)
             for key, (like, *_) in shared.items():
-                numbers_of_key = [v for theirs in everybody for v in theirs.get(key, [])]
+                numbers_of_key = [v for theirs in gathered for v in theirs.get(key, [])]
                 kind = {"dtype": mean_type(like).dtype, "device": like.device}
                 shared[key] = [torch.tensor(v, **kind) for v in numbers_of_key]
         for key, by_worker in self._step_values.items():
@@ -144,9 +144,9 @@ class WorkerResults(Reclassed, _ResultCollection):
             for w, own in self._own.items()
             for name, value in own.metrics(on_step)["log"].items()
         }
-        everybody = self._world.meet("DilocoCallback(per_worker=True)", values)
+        gathered = self._world.gather_all("DilocoCallback(per_worker=True)", values)
         by_key: dict[str, list[float]] = {}
-        for key, value in (item for theirs in everybody for item in theirs.items()):
+        for key, value in (item for theirs in gathered for item in theirs.items()):
             by_key.setdefault(key, []).append(value)  # one from each member of the worker's team
         return {key: sum(each) / len(each) for key, each in by_key.items()}
 

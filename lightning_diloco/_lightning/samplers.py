@@ -1,7 +1,7 @@
-"""Which indices, or which batches of indices, each worker's turn at the loader is.
+"""Samplers that give each worker its indices, or its batches of indices.
 
-Owns the samplers of a dealt DataLoader over a map-style dataset; ``data.py`` has the table of who reads what. Does not
-own the fetching.
+Owns the samplers of a sharded DataLoader over a map-style dataset; ``data.py`` has the table of who reads what. Does
+not own the fetching.
 """
 
 import copy
@@ -61,7 +61,7 @@ class _Rounds(Protocol):
     def copied(self) -> "_Rounds": ...
 
 
-class _DealtRounds:
+class _ShardedRounds:
     """Deals what ``base`` yields, item j to shard j mod n; its draws from torch's generator depend on (seed, epoch)
     only.
 
@@ -112,7 +112,7 @@ class _DealtRounds:
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
-    def copied(self) -> "_DealtRounds":
+    def copied(self) -> "_ShardedRounds":
         twin = copy.copy(self)
         twin._base = independent(self._base)
         if isinstance(getattr(twin._base, "sampler", None), Sampler):
@@ -297,7 +297,7 @@ def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
             raise ValueError(NO_PARTITION.format(what=f"the loader has a {type(custom).__name__} of its own"))
         workers = plan.world.num_workers
         partition, dataset = plan.partition, loader.dataset
-        parts = plan.world.first_decides(
+        parts = plan.world.decided_by_first(
             lambda: _checked_partition(partition(dataset, workers), workers, len(dataset))  # type: ignore[arg-type]
         )
         rounds = _PartitionRounds(parts, seed, shuffle=shuffles and not plan.overfit, team=plan.world.team)
@@ -312,14 +312,14 @@ def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
         left = 0 if sized_len(whole) is None else len(whole) % n
         if left and len(whole) > n:
             rank_zero_warn(LEFT_OVER.format(left=left, workers=n))
-        rounds = _DealtRounds(whole, n, stream, wrap=False, single=True)
+        rounds = _ShardedRounds(whole, n, stream, wrap=False, single=True)
         return WorkerSampler(rounds, plan.shards_here, None, False)
     if not plain:
-        return WorkerSampler(_DealtRounds(batches, n, stream, wrap=not drop_last), plan.shards_here, None, False)
+        return WorkerSampler(_ShardedRounds(batches, n, stream, wrap=not drop_last), plan.shards_here, None, False)
     if default:
         sampler = DistributedSampler(loader.dataset, 1, 0, shuffle=not plan.overfit, seed=seed)
     drops = isinstance(sampler, DistributedSampler) and sampler.drop_last
-    rounds = _DealtRounds(sampler, n, stream, wrap=not drops)
+    rounds = _ShardedRounds(sampler, n, stream, wrap=not drops)
     return WorkerSampler(rounds, plan.shards_here, size, drop_last)
 
 

@@ -14,7 +14,7 @@ def logging_step(trainer: Trainer, after_training: bool = False) -> int:
 
 
 def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
-    """Takes the dealt loaders' entry out of ``checkpoint["loops"]``, since no other strategy could resume with it.
+    """Takes the sharded loaders' entry out of ``checkpoint["loops"]``, since no other strategy could resume with it.
 
     Returns:
         The position in the data: epoch, batches of it that each worker has trained on, number of loaders.
@@ -34,7 +34,7 @@ def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
 
 
 def attach_loader_state(loops: dict[str, Any], state: dict[str, Any]) -> None:
-    """Gives ``checkpoint["loops"]`` an entry for each dealt loader, as Lightning expects it."""
+    """Gives ``checkpoint["loops"]`` an entry for each sharded loader, as Lightning expects it."""
     loops["fit_loop"]["state_dict"]["combined_loader"] = [state] * state["loaders"]
 
 

@@ -20,9 +20,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.algorithms.report import OuterStepReport
+from lightning_diloco.state.outer import is_plain_average
 
 
 class SyncAlgorithm(ABC):
@@ -48,18 +50,18 @@ class SyncAlgorithm(ABC):
         """Called once before the first step of a fit."""
         self.ctx = ctx
 
-    def active(self, tick: int) -> Collection[int]:
-        """The workers that take a local step at ``tick`` (from 1). Default: all."""
+    def active(self, step: int) -> Collection[int]:
+        """The workers that take a local step at ``step`` (from 1). Default: all."""
         return self.ctx.workers
 
-    def before_inner_step(self, tick: int) -> None:  # noqa: B027 (most algorithms leave gradients alone)
+    def before_inner_step(self, step: int) -> None:  # noqa: B027 (most algorithms leave gradients alone)
         """With ``needs_gradients``: may change the workers' gradients (``ctx.gradients``) before anyone steps."""
 
     @abstractmethod
-    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
-        """Called after every local step; ``tick`` is the number of completed local steps, from 1."""
+    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
+        """Called after every local step; ``step`` is the number of completed local steps, from 1."""
 
-    def flush(self, tick: int) -> Sequence[OuterStepReport]:
+    def flush(self, step: int) -> Sequence[OuterStepReport]:
         """One last synchronisation on a partial round, when training ends normally. Default: none."""
         return []
 
@@ -75,3 +77,11 @@ class SyncAlgorithm(ABC):
         """Restores :meth:`state_dict`."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}.")
+
+
+def is_plain_run(num_workers: int, algorithm: SyncAlgorithm, outer_optimizer: Optimizer) -> bool:
+    """Whether the run is the plain run: one worker, whose replica the outer step assigns to θ.
+
+    Nothing is attached, swapped, logged or added to checkpoints then.
+    """
+    return num_workers == 1 and algorithm.outer_defaults is not None and is_plain_average(outer_optimizer)

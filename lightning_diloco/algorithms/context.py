@@ -14,10 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_diloco.algorithms.report import Likeness, OuterStepReport, euclidean_norm, likeness_of
-from lightning_diloco.comm.channel import Comm, Ledger
+from lightning_diloco.algorithms.report import (
+    OuterStepReport,
+    PseudoGradientStatistics,
+    euclidean_norm,
+    norm_and_cosine,
+)
+from lightning_diloco.comm.channel import Channel, Ledger
 from lightning_diloco.comm.means import Differences
-from lightning_diloco.comm.tensors import checksum, same_bits
+from lightning_diloco.comm.tensors import bitwise_equal, checksum
 from lightning_diloco.state.optimizers import InnerOptimizers
 from lightning_diloco.state.outer import Outer
 from lightning_diloco.state.policies import Policies, PolicyApplication, joined
@@ -33,7 +38,7 @@ class _Round:
     participants: list[int]
     dropped: list[int]
     drift: tuple[float, ...]
-    likeness: Likeness
+    statistics: PseudoGradientStatistics
 
 
 @dataclass
@@ -55,7 +60,7 @@ class SyncContext:
 
     replicas: Replicas
     outer: Outer
-    comm: Comm
+    channel: Channel
     inner: InnerOptimizers
     interval: int
     num_workers: int
@@ -66,22 +71,22 @@ class SyncContext:
     _round: _Round | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.shared = PolicyApplication(self.policies, self.replicas, self.outer, self.comm, self.inner)
+        self.shared = PolicyApplication(self.policies, self.replicas, self.outer, self.channel, self.inner)
 
     @property
     def ledger(self) -> Ledger:
         """What has been sent."""
-        return self.comm.ledger
+        return self.channel.ledger
 
     @property
     def workers(self) -> list[int]:
         """Global ids of all workers."""
-        return self.comm.workers
+        return self.channel.workers
 
     @property
     def local_workers(self) -> list[int]:
         """Global ids of the workers hosted by this process: those whose tensors can be read and written."""
-        return self.comm.world.workers
+        return self.channel.world.workers
 
     @property
     def names(self) -> list[str]:
@@ -93,15 +98,15 @@ class SyncContext:
         """Whether a synchronisation has begun and not ended."""
         return self._round is not None
 
-    def due(self, tick: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether the present round has had its H local steps (or, H having changed on resume, a multiple of them)."""
-        return (tick - self.round_start) % self.interval == 0
+        return (step - self.round_start) % self.interval == 0
 
     def at_rest(self) -> bool:
         """Whether every worker's trainable parameters are θ's, bit for bit: there is nothing to synchronise."""
         theta = self.outer.tensors
-        here = all(same_bits(self.replicas.tensors(w)[n], theta[n]) for w in self.local_workers for n in self.names)
-        return all(self.comm.world.meet(f"the end of training after {self.local_steps} local steps", here))
+        here = all(bitwise_equal(self.replicas.tensors(w)[n], theta[n]) for w in self.local_workers for n in self.names)
+        return all(self.channel.world.gather_all(f"the end of training after {self.local_steps} local steps", here))
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
         """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype, each computed when asked for."""
@@ -120,18 +125,18 @@ class SyncContext:
             RuntimeError: a worker's Δ_i is not finite, N > 1, and ``nonfinite`` is "raise" (or all workers are bad).
         """
         started = time.perf_counter()
-        theta, world = self.outer.tensors, self.comm.world
+        theta, world = self.outer.tensors, self.channel.world
         norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
-        everybody = world.meet(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
-        odd = next((r for r, theirs in enumerate(everybody) if theirs[2] != everybody[0][2]), None)
+        gathered = world.gather_all(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
+        odd = next((r for r, theirs in enumerate(gathered) if theirs[2] != gathered[0][2]), None)
         if odd is not None:
             raise RuntimeError(
                 f"Process {odd} holds another outer model θ than process 0 at {where}: something wrote different"
                 " weights into the module on different processes. Callbacks and hooks must write the same everywhere."
             )
-        world.known_signals = set().union(*(signals for _, signals, _ in everybody))
-        norms = self._joined_norms([theirs for theirs, _, _ in everybody])
+        world.known_signals = set().union(*(signals for _, signals, _ in gathered))
+        norms = self._joined_norms([theirs for theirs, _, _ in gathered])
         scale = euclidean_norm(theta[n] for n in self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
         tolerant = self.num_workers == 1 or self.policies.nonfinite == "propagate"
@@ -151,13 +156,13 @@ class SyncContext:
                 " finite. It restarts from θ with fresh inner state.",
                 stacklevel=2,
             )
-        likeness = self.comm.observer = Likeness(theta)
-        self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, likeness)
+        statistics = self.channel.observer = PseudoGradientStatistics(theta)
+        self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, statistics)
         return good
 
-    def _joined_norms(self, everybody: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    def _joined_norms(self, gathered: Sequence[Mapping[int, float]]) -> dict[int, float]:
         norms: dict[int, float] = {}
-        for w, norm in (item for theirs in everybody for item in theirs.items()):
+        for w, norm in (item for theirs in gathered for item in theirs.items()):
             if repr(norms.setdefault(w, norm)) != repr(norm):  # of another member of its team; NaN is itself
                 warnings.warn(
                     f"The processes of worker {w} hold different weights at local step {self.local_steps}, and the"
@@ -195,17 +200,17 @@ class SyncContext:
         """Closes a synchronisation: applies the policies for buffers, inner state and dropped workers."""
         done = self._round
         assert done is not None, "end_round() without begin_round()"
-        self.comm.observer = None
+        self.channel.observer = None
         where = f"the end of the synchronisation after {self.local_steps} local steps"
-        everybody = self.comm.world.meet(where, (self.shared.survey_here(), done.likeness.parts()))
-        held = joined([survey for survey, _ in everybody])
+        gathered = self.channel.world.gather_all(where, (self.shared.survey_here(), done.statistics.parts()))
+        held = joined([survey for survey, _ in gathered])
         self.shared.synchronise_frozen(done.participants, held)
         self.shared.synchronise_buffers(done.participants, held)
         self.shared.synchronise_inner_state(done.participants, done.dropped)
         self.round_start = self.local_steps
         self.outer_steps += 1
         self._round = None
-        norm, cosine = likeness_of([parts for _, parts in everybody])
+        norm, cosine = norm_and_cosine([parts for _, parts in gathered])
         return OuterStepReport(
             step=self.local_steps,
             outer_step=self.outer_steps,

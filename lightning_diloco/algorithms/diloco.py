@@ -30,19 +30,19 @@ class Diloco(SyncAlgorithm):
     outer_defaults: ClassVar[Mapping[str, Any] | None] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
 
     @override
-    def after_inner_step(self, tick: int) -> Sequence[OuterStepReport]:
-        return [self._synchronise("round")] if self.ctx.due(tick) else []
+    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
+        return [self._synchronise("round")] if self.ctx.due(step) else []
 
     @override
-    def flush(self, tick: int) -> Sequence[OuterStepReport]:
+    def flush(self, step: int) -> Sequence[OuterStepReport]:
         return [self._synchronise("flush")]
 
     def _synchronise(self, kind: str) -> OuterStepReport:
-        ctx, outer, comm = self.ctx, self.ctx.outer, self.ctx.comm
+        ctx, outer, channel = self.ctx, self.ctx.outer, self.ctx.channel
         participants = ctx.begin_round()
-        if outer.plain:
-            outer.assign(comm.mean(outer.names, ctx.replicas.tensors, participants, what="weights"))
+        if outer.is_plain_average:
+            outer.assign(channel.mean(outer.names, ctx.replicas.tensors, participants, what="weights"))
         else:
-            outer.step(outer.names, comm.mean(outer.names, ctx.pseudo_gradient, participants))
+            outer.step(outer.names, channel.mean(outer.names, ctx.pseudo_gradient, participants))
         ctx.restart(ctx.workers, outer.names, outer.tensors)
         return ctx.end_round(kind)

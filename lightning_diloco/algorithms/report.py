@@ -45,7 +45,7 @@ class OuterStepReport:
     seconds: float
 
 
-class Likeness:
+class PseudoGradientStatistics:
     """How alike the Δ_i are, from the pieces of the exchange that pass through this process: no extra traffic."""
 
     def __init__(self, theta: Mapping[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ class Likeness:
         self._products: Tensor | None = None  # Δ_i·Δ_j, each over the pieces seen
 
     @torch.no_grad()
-    def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
+    def add(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
         if what not in ("delta", "weights") or name not in self._theta:
             return
         pieces = [t.double() for t in (mean, *rows)]
@@ -72,14 +72,14 @@ class Likeness:
             self._products = products if self._products is None else self._products + products
 
     def parts(self) -> tuple[float | None, list[list[float]] | None]:
-        """What this process has seen, for :func:`likeness_of`."""
+        """What this process has seen, for :func:`norm_and_cosine`."""
         return (
             None if self._square is None else float(self._square),
             None if self._products is None else self._products.tolist(),
         )
 
 
-def likeness_of(parts: Sequence[Any]) -> tuple[float | None, float | None]:
+def norm_and_cosine(parts: Sequence[Any]) -> tuple[float | None, float | None]:
     """‖Δ‖ of the mean and the mean pairwise cosine, from every process's parts; None where nobody has seen it."""
     squares = [square for square, _ in parts if square is not None]
     seen = [torch.tensor(products, dtype=torch.float64) for _, products in parts if products is not None]

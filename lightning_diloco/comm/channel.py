@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_diloco.comm import means
 from lightning_diloco.comm.means import accumulator, chunks, in_shape, mean_of, reader, room_for, shape_of
-from lightning_diloco.comm.tensors import bits_of, flat, real_view
+from lightning_diloco.comm.tensors import bytes_of, flat, real_view
 from lightning_diloco.comm.world import World
 
 _MEAN = "a mean over workers"
@@ -54,10 +54,10 @@ class Ledger:
         return sum(entry.payload_bytes for entry in self.entries)
 
 
-class Seen(Protocol):
+class MeanObserver(Protocol):
     """Whoever looks at what is averaged, piece by piece, as it passes through this process."""
 
-    def saw(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
+    def add(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
         """A piece of tensor ``name``, flattened, from element ``start`` on.
 
         Args:
@@ -69,7 +69,7 @@ class Seen(Protocol):
         """
 
 
-class Comm:
+class Channel:
     """Mean and exchange over all workers, wherever they are hosted. Every process calls the same methods in step.
 
     Args:
@@ -89,7 +89,7 @@ class Comm:
         self.ledger = Ledger()
         self.clock = clock
         self.ordered = ordered
-        self.observer: Seen | None = None
+        self.observer: MeanObserver | None = None
 
     def mean(
         self,
@@ -153,7 +153,7 @@ class Comm:
                 pieces = [read(start, stop) for read in readers]
                 mean = result[n][start:stop].copy_(mean_of(pieces, weights))
                 if self.observer is not None:
-                    self.observer.saw(what, n, start, pieces, mean)
+                    self.observer.add(what, n, start, pieces, mean)
         return {n: in_shape(result[n], like[n]) for n in names}
 
     def _mean_over_processes(
@@ -190,15 +190,15 @@ class Comm:
                 slices = self._slices_of(rows, participants, width)
                 own = mean_of(slices, weights)
                 chunk = own.new_empty(width * world.size)
-                with world.talking(_MEAN):
-                    pieces = [bits_of(part) for part in torch.split(chunk, width)]
-                    dist.all_gather(pieces, bits_of(own))  # all_gather_into_tensor has changed its name
+                with world.label_errors(_MEAN):
+                    pieces = [bytes_of(part) for part in torch.split(chunk, width)]
+                    dist.all_gather(pieces, bytes_of(own))  # all_gather_into_tensor has changed its name
             else:
                 slices = []
                 chunk = rows.new_zeros(width * world.size, dtype=accumulator(rows.dtype))
                 for row, worker in zip(rows, held, strict=True):
                     chunk += row.to(chunk.dtype) * (shares[worker] / world.team)
-                with world.talking(_MEAN):
+                with world.label_errors(_MEAN):
                     dist.all_reduce(chunk)
             at = 0
             for name, start, stop in segments:
@@ -217,8 +217,8 @@ class Comm:
         nbytes = width * rows.itemsize
         to_receive = [counts[r] * nbytes for r in range(world.size)]
         to_send = [len(rows) * nbytes if r in mates else 0 for r in range(world.size)]
-        with world.talking(_MEAN):
-            dist.all_to_all_single(bits_of(received), bits_of(sent), to_receive, to_send)
+        with world.label_errors(_MEAN):
+            dist.all_to_all_single(bytes_of(received), bytes_of(sent), to_receive, to_send)
         return list(received.view(-1, width))
 
     def _show(
@@ -237,7 +237,7 @@ class Comm:
         if self.observer is not None and low < high:
             offset = self.world.rank * width
             rows = [s[low - offset : high - offset] for s in slices]
-            self.observer.saw(what, name, start + low - begin, rows, chunk[low:high])
+            self.observer.add(what, name, start + low - begin, rows, chunk[low:high])
 
     @torch.no_grad()
     def copies_of(self, worker: int, names: Iterable[str], read: Read, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ class Comm:
         """
         held = read(worker) if worker in self.world.workers else None
         copies = {n: torch.empty_like(like[n]) if held is None else held[n].clone() for n in names}
-        self.world.share(copies.values(), self.world.host(worker), f"copies of worker {worker}'s tensors")
+        self.world.broadcast(copies.values(), self.world.host(worker), f"copies of worker {worker}'s tensors")
         return copies
 
     def exchange(
@@ -284,10 +284,10 @@ class Comm:
             for name in names:
                 outgoing, incoming = flat(read(own)[name]).contiguous(), flat(received[own][name]).contiguous()
                 operations = [
-                    dist.P2POp(dist.isend, bits_of(outgoing), rank),
-                    dist.P2POp(dist.irecv, bits_of(incoming), rank),
+                    dist.P2POp(dist.isend, bytes_of(outgoing), rank),
+                    dist.P2POp(dist.irecv, bytes_of(incoming), rank),
                 ]
-                with world.talking(f"the swap between workers {own} and {partner}"):
+                with world.label_errors(f"the swap between workers {own} and {partner}"):
                     for work in dist.batch_isend_irecv(operations):
                         work.wait()
                 target = real_view(received[own][name])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def bitwise_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit (NaN equals the same NaN, 0.0 differs from -0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
@@ -31,16 +31,16 @@ def flat(tensor: Tensor) -> Tensor:
     return real_view(tensor).reshape(-1)
 
 
-def bits_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """A contiguous tensor's bytes, which share its memory: every back end can move them, whatever the dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def digest(tensor: Tensor, reference: Tensor | None) -> bytes:
     """Empty if the tensor is the reference bit for bit, else a hash of its bits."""
-    if reference is not None and same_bits(tensor, reference):
+    if reference is not None and bitwise_equal(tensor, reference):
         return b""
-    bits = bits_of(tensor.detach().cpu().contiguous()).numpy()
+    bits = bytes_of(tensor.detach().cpu().contiguous()).numpy()
     return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()
 
 
@@ -48,7 +48,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     """A number that differs, almost surely, if a bit does."""
     total = 0
     for n, t in tensors.items():
-        bits = bits_of(t.detach().contiguous())
+        bits = bytes_of(t.detach().contiguous())
         whole = bits[: len(bits) // 4 * 4].view(torch.int32)
         total = (total * 31 + int(whole.sum(dtype=torch.int64)) + int(bits[len(whole) * 4 :].sum()) + len(n)) % 2**63
     return total

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_diloco.comm import means
-from lightning_diloco.comm.tensors import bits_of, flat, real_view
+from lightning_diloco.comm.tensors import bytes_of, flat, real_view
 
 
 class World:
@@ -69,7 +69,7 @@ class World:
 
     @property
     def shards(self) -> int:
-        """Into how many parts the data is dealt: N·k."""
+        """Into how many parts the data is sharded: N·k."""
         return self.num_workers * self.team
 
     def shard(self, worker: int) -> int:
@@ -93,7 +93,7 @@ class World:
         self.group = dist.group.WORLD
         self._timeout = timeout or dist.distributed_c10d.default_pg_timeout
         self._control = dist.new_group(backend="gloo", timeout=self._timeout)
-        self.agree("the start", settings)
+        self.check_equal("the start", settings)
         if self.team > 1:
             for worker in range(self.num_workers):
                 group = dist.new_group([self.host(worker, j) for j in range(self.team)], timeout=self._timeout)
@@ -103,7 +103,7 @@ class World:
         """Lets go of its channels; nobody can talk afterwards."""
         self.group = self._control = self._team_group = None
 
-    def meet(self, where: str, value: Any = None, detail: str = "") -> list[Any]:
+    def gather_all(self, where: str, value: Any = None, detail: str = "") -> list[Any]:
         """Waits until all processes are here; returns every process's ``value``, by rank.
 
         Args:
@@ -117,7 +117,7 @@ class World:
         if self.size == 1:
             return [value]
         seen: list[Any] = [None] * self.size
-        with self.talking(f"{where} {detail}".strip()):
+        with self.label_errors(f"{where} {detail}".strip()):
             # first a barrier that tells process 0 who is missing
             dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
             dist.all_gather_object(seen, (where, detail, value), group=self._control)
@@ -131,7 +131,7 @@ class World:
         return [theirs for _, _, theirs in seen]
 
     @contextmanager
-    def talking(self, where: str) -> Iterator[None]:
+    def label_errors(self, where: str) -> Iterator[None]:
         """Inside, processes exchange something; if that fails, the error says where it was."""
         try:
             yield
@@ -141,32 +141,32 @@ class World:
                 f" (at most `timeout` = {self._timeout} was waited). Its own output tells why. {error}"
             ) from error
 
-    def share_signals(self, where: str) -> None:
+    def gather_signals(self, where: str) -> None:
         """All learn what one of them was told."""
-        self.known_signals = set().union(*self.meet(where, self.signals))
+        self.known_signals = set().union(*self.gather_all(where, self.signals))
 
     @property
     def stopping(self) -> bool:
         """Whether some process was told to end, and all know it."""
         return "stop" in self.known_signals
 
-    def agree(self, where: str, value: dict[str, Any]) -> None:
+    def check_equal(self, where: str, value: dict[str, Any]) -> None:
         """Checks that all processes were given the same.
 
         Raises:
             ValueError: names the entry, the process and both values.
         """
-        everybody = self.meet(where, value)
-        for rank, theirs in enumerate(everybody):
-            for key in everybody[0] | theirs:
-                if theirs.get(key) != everybody[0].get(key):
+        gathered = self.gather_all(where, value)
+        for rank, theirs in enumerate(gathered):
+            for key in gathered[0] | theirs:
+                if theirs.get(key) != gathered[0].get(key):
                     raise ValueError(
-                        f"The processes were started with different settings: `{key}` is {everybody[0].get(key)!r} on"
+                        f"The processes were started with different settings: `{key}` is {gathered[0].get(key)!r} on"
                         f" process 0 and {theirs.get(key)!r} on process {rank}. Start the same script with the same"
                         " arguments everywhere."
                     )
 
-    def first_decides(self, decide: Callable[[], Any]) -> Any:
+    def decided_by_first(self, decide: Callable[[], Any]) -> Any:
         """What ``decide`` returns on process 0; if it raises there, all raise."""
         if self.size == 1:
             return decide()
@@ -176,7 +176,7 @@ class World:
                 outcome = [decide(), None]
             except Exception as error:
                 outcome = [None, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")]
-        with self.talking("a decision of the first process"):
+        with self.label_errors("a decision of the first process"):
             dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -189,7 +189,7 @@ class World:
         packed = io.BytesIO()
         torch.save(value, packed)  # pickle alone can't do tensors of every dtype
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with self.talking("a collection by the first process"):
+        with self.label_errors("a collection by the first process"):
             dist.gather_object(packed.getvalue(), gathered, dst=0, group=self._control)
         return [torch.load(io.BytesIO(theirs), weights_only=False) for theirs in gathered or []]
 
@@ -219,7 +219,7 @@ class World:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
             pieces = [flat(t) for t in [*gradients, has]]
             together = torch.cat(pieces).div_(self.team)
-            with self.talking("the mean of its team's gradients"):
+            with self.label_errors("the mean of its team's gradients"):
                 dist.all_reduce(together, group=self._team_group)
             *averages, present = torch.split(together, [t.numel() for t in pieces])
             for p, gradient, mean, somewhere in zip(some, gradients, averages, present.tolist(), strict=True):
@@ -232,27 +232,27 @@ class World:
         """The mean over the worker's team, as a new tensor."""
         mean = value.detach() / self.team
         if self.team > 1:
-            with self.talking("the mean of its team's losses"):
+            with self.label_errors("the mean of its team's losses"):
                 dist.all_reduce(mean, group=self._team_group)
         return mean
 
-    def share_in_team(self, tensors: Iterable[Tensor]) -> None:
-        """The team's first member's values become everybody's, in place, as DDP does with buffers."""
+    def broadcast_in_team(self, tensors: Iterable[Tensor]) -> None:
+        """The team's first member's values become gathered's, in place, as DDP does with buffers."""
         if self.team > 1:
-            self._share(tensors, self.host(self.workers[0]), "the buffers of its team", self._team_group)
+            self._broadcast(tensors, self.host(self.workers[0]), "the buffers of its team", self._team_group)
 
-    def share(self, tensors: Iterable[Tensor], source: int, where: str) -> None:
-        """Process ``source``'s values become everybody's, in place; ``where`` as in :meth:`meet`."""
+    def broadcast(self, tensors: Iterable[Tensor], source: int, where: str) -> None:
+        """Process ``source``'s values become gathered's, in place; ``where`` as in :meth:`gather_all`."""
         if self.size > 1:
-            self._share(tensors, source, where, None)
+            self._broadcast(tensors, source, where, None)
 
     @torch.no_grad()
-    def _share(self, tensors: Iterable[Tensor], source: int, where: str, group: Any) -> None:
+    def _broadcast(self, tensors: Iterable[Tensor], source: int, where: str, group: Any) -> None:
         for tensor in tensors:
             values = tensor.contiguous()
             if values.numel():
-                with self.talking(where):
-                    dist.broadcast(bits_of(values), source, group=group)
+                with self.label_errors(where):
+                    dist.broadcast(bytes_of(values), source, group=group)
             if values is not tensor:
                 tensor.copy_(values)
 

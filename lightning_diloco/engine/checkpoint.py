@@ -21,7 +21,7 @@ from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.comm.channel import Exchange, Ledger
 from lightning_diloco.comm.means import mean_of
-from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.comm.world import World
 from lightning_diloco.state.replicas import Layout, ModelState, put_buffer
 from lightning_diloco.state.worker import OptimizerState, Worker
@@ -164,7 +164,7 @@ def pack(
 def complete(state: Packed, settings: Packed, loader: Packed | None, state_dict: Mapping[str, Any]) -> Packed:
     """The state as a file holds it: θ is left out where the file's ``state_dict`` holds the same tensors."""
     theta = state["outer"]["parameters"]
-    if all(isinstance(state_dict.get(n), Tensor) and same_bits(state_dict[n], t) for n, t in theta.items()):
+    if all(isinstance(state_dict.get(n), Tensor) and bitwise_equal(state_dict[n], t) for n, t in theta.items()):
         state["outer"]["parameters"] = sorted(theta)
     state |= {"settings": settings, "loader": loader}
     return state | {"entries": {key: _entries(value) for key, value in state.items()}}
@@ -297,7 +297,7 @@ def apply(state: Packed, context: SyncContext, algorithm: SyncAlgorithm) -> None
     _check_parameters(state["outer"]["parameters"], outer.tensors)
     context.local_steps, context.round_start = state["local_steps"], state["round_start"]
     context.outer_steps = state["outer_steps"]
-    context.comm.ledger = _unpack_ledger(state["exchanges"])
+    context.channel.ledger = _unpack_ledger(state["exchanges"])
     outer.assign(state["outer"]["parameters"])
     _unpack_buffers(layout, outer.state, state["outer"]["buffers"])
     for group, names in zip(outer.optimizer.param_groups, state["outer"]["names"], strict=True):
@@ -308,14 +308,14 @@ def apply(state: Packed, context: SyncContext, algorithm: SyncAlgorithm) -> None
     if state["num_workers"] != context.num_workers:
         warnings.warn(
             f"Resuming {state['num_workers']} workers as {context.num_workers}: new workers start from θ with fresh"
-            " inner optimizer state, and the data is dealt anew.",
+            " inner optimizer state, and the data is sharded anew.",
             stacklevel=2,
         )
     team = 1 + len(workers[0].get("team", []))
-    if team != context.comm.world.team:
+    if team != context.channel.world.team:
         warnings.warn(
-            f"Resuming workers of {team} processes each with {context.comm.world.team}: the batch of a worker is now"
-            f" {context.comm.world.team} batches of the loader, and the data is dealt anew.",
+            f"Resuming workers of {team} processes each with {context.channel.world.team}: the batch of a worker is now"
+            f" {context.channel.world.team} batches of the loader, and the data is sharded anew.",
             stacklevel=2,
         )
     for w in context.replicas.workers:
@@ -340,11 +340,11 @@ def restore_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
 def _pack_workers(
     context: SyncContext, theta: Mapping[str, Tensor], pending: Callable[[ModelState], ModelState]
 ) -> dict[int, Packed]:
-    world = context.comm.world
+    world = context.channel.world
     packed = {w: _pack_worker(context, w, theta, pending(context.replicas.states[w])) for w in world.workers}
     if world.size == 1:
         return packed
-    world.meet(f"a checkpoint after {context.local_steps} local steps")
+    world.gather_all(f"a checkpoint after {context.local_steps} local steps")
     if world.member > 0:
         packed = {w: {key: own[key] for key in MemberState.__required_keys__} for w, own in packed.items()}
     workers: dict[int, Packed] = {}
@@ -362,7 +362,7 @@ def _pack_worker(context: SyncContext, w: int, theta: Mapping[str, Tensor], stat
     names = {id(p): n for n, p in layout.parameters.items()}
     stream = worker.stream
     return {
-        "parameters": None if all(same_bits(replica[n], theta[n]) for n in theta) else _clones(replica),
+        "parameters": None if all(bitwise_equal(replica[n], theta[n]) for n in theta) else _clones(replica),
         "buffers": _pack_buffers(layout, state),
         "inner": [_pack_inner(o, s) for o, s in zip(context.inner.live, worker.states, strict=True)],
         "control": _copied(worker.control),
@@ -383,7 +383,7 @@ def _unpack_worker(packed: Packed, context: SyncContext, w: int) -> None:
         _unpack_inner(optimizer, state, saved)
     if worker.scaler is not None and packed["scaler"] is not None:
         worker.scaler.load_state_dict(packed["scaler"])
-    member = _of_member(packed, context.comm.world)
+    member = _of_member(packed, context.channel.world)
     if worker.stream is not None and member["random"] is not None:
         worker.stream.cpu_state = member["random"]["cpu"].clone()
         if worker.stream.cuda_state is not None and member["random"]["cuda"] is not None:

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_diloco.algorithms.base import SyncAlgorithm
+from lightning_diloco.algorithms.base import SyncAlgorithm, is_plain_run
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.algorithms.report import OuterStepReport
-from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import checkpoint
 from lightning_diloco.engine.views import Views
@@ -41,7 +41,7 @@ from lightning_diloco.state.checks import (
     refuse_untrainable,
 )
 from lightning_diloco.state.guard import StepGuard
-from lightning_diloco.state.live_module import PublicModel
+from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.optimizers import InnerOptimizers
 from lightning_diloco.state.outer import Outer, OuterFactory
 from lightning_diloco.state.policies import Policies
@@ -66,7 +66,7 @@ class Engine:
         schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
         initial: what a worker's optimizer states are reset to; default: what they are now.
         world: the processes that share the workers; default: this one hosts all.
-        ordered: see :class:`~lightning_diloco.comm.channel.Comm`.
+        ordered: see :class:`~lightning_diloco.comm.channel.Channel`.
 
     Raises:
         ValueError: the module has nothing to train, or parameters that can't be replicated.
@@ -103,9 +103,9 @@ class Engine:
         self._device = self.world.device = held[0].device if held else torch.device("cpu")
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.own, outer_factory)
-        if not self._is_plain_run():
+        if not is_plain_run(num_workers, algorithm, self._outer.optimizer):
             refuse_untrainable(module)
-        self._public = PublicModel(self._replicas, self._outer)
+        self._live_module = LiveModule(self._replicas, self._outer)
         solo = num_workers == 1
         member = self.world.member
         streams = {w: RandomStream(derive_seed(seed, "worker", w, member), self._device) for w in self.local_workers}
@@ -117,7 +117,7 @@ class Engine:
         self.context = SyncContext(
             replicas=self._replicas,
             outer=self._outer,
-            comm=Comm(self.world, lambda: self.local_steps, ordered),
+            channel=Channel(self.world, lambda: self.local_steps, ordered),
             inner=self._inner,
             interval=interval,
             num_workers=num_workers,
@@ -125,7 +125,7 @@ class Engine:
         )
         self.views = Views(
             self.context,
-            self._public,
+            self._live_module,
             algorithm.publish,
             self.policies.eval_weights,
             seed,
@@ -141,14 +141,14 @@ class Engine:
         self._hooks = [register_optimizer_step_post_hook(lambda o, *_: (after_step() or _nothing)(o))]
         self._watch_groups()
         algorithm.setup(self.context)
-        self._public.set_transparent(self._is_plain_run())
+        self._set_plain()
 
     # ---------------------------------------------------------------------------------------- a local step
 
     @property
-    def transparent(self) -> bool:
+    def is_plain_run(self) -> bool:
         """N = 1 with a plain average as outer step: nothing is swapped, the run is the plain run."""
-        return self._public.transparent
+        return self._live_module.is_plain_run
 
     def pack(self, seed: int) -> dict[str, Any]:
         """The state of the run, for a checkpoint; see :mod:`lightning_diloco.engine.checkpoint`.
@@ -163,7 +163,7 @@ class Engine:
             )
         self._warn_of_torn_step()
         if not self.views.open and not self.finished:
-            self._inner.share_outside_changes()
+            self._inner.adopt_outside_changes()
         random = self.views.outside_random or process_state()
         state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
         state["torn"] = {"workers": self.torn_step, "outer_step": self._torn_outer_step}
@@ -204,12 +204,12 @@ class Engine:
 
     def _with_pending(self, state: ModelState) -> ModelState:
         """``state`` with what was written into the module since the last turn."""
-        return state if self.views.open or self.finished else self._public.pending(state)
+        return state if self.views.open or self.finished else self._live_module.pending(state)
 
     @contextmanager
     def first_workers_state(self) -> Iterator[None]:
         """Inside, the optimizers hold the first worker's state, whatever a validation hook made of them."""
-        with self._inner.first_live():
+        with self._inner.first_activated():
             yield
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -224,13 +224,13 @@ class Engine:
                 f" {type(self.algorithm).__name__} needs the gradients of all workers to finish that step. Resume from"
                 " the last file before it."
             )
-        self._public.set_transparent(False)
+        self._live_module.set_plain(False)
         checkpoint.apply(state, self.context, self.algorithm)
         self._stepped_workers = set(state["torn"]["workers"])
         self._stepped = bool(self._stepped_workers)
-        self._inner.rest()
-        self._public.publish(self.algorithm.publish())
-        self._public.set_transparent(self._is_plain_run())
+        self._inner.activate_first()
+        self._live_module.publish(self.algorithm.publish())
+        self._set_plain()
 
     def restart_optimizers(self) -> None:
         """Takes the inner optimizers' present state as where every worker starts; before the first step only."""
@@ -253,17 +253,17 @@ class Engine:
             raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
         self.current_worker = worker
         try:
-            with nullcontext() if self.transparent else self._swapped_in(worker, keep_gradients):
+            with nullcontext() if self.is_plain_run else self._swapped_in(worker, keep_gradients):
                 yield
         finally:
             self.current_worker = None
 
     @contextmanager
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
-        self._public.take_over()
-        self._inner.share_outside_changes()
+        self._live_module.adopt_outside_changes()
+        self._inner.adopt_outside_changes()
         layout, state = self._replicas.layout, self._replicas.states[worker]
-        layout.bind(state)
+        layout.activate(state)
         layout.begin_turn()
         mine = self._inner.workers[worker]
         random = None if mine.stream is None else mine.stream.state
@@ -287,8 +287,8 @@ class Engine:
             if not completed and random is not None and worker not in self._stepped_workers:
                 mine.stream.state = random  # type: ignore[union-attr]  # a resumed run does this turn again
             layout.end_turn()
-            self._public.show()
-            self._inner.rest()
+            self._live_module.deactivate()
+            self._inner.activate_first()
 
     def note_step(self, optimizer: Any) -> None:
         """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step."""
@@ -308,7 +308,7 @@ class Engine:
         """Any optimizer of this process has stepped."""
         if self._inner.knows(optimizer):
             self.note_step(optimizer)
-        elif self.current_worker is not None and not self.transparent:
+        elif self.current_worker is not None and not self.is_plain_run:
             self._guard.foreign_step(optimizer, self._replicas.layout, (self.current_worker, self.local_steps))
 
     def use_optimizers(self, optimizers: Sequence[Any], schedulers: Sequence[Any] = ()) -> None:
@@ -324,7 +324,7 @@ class Engine:
         """
         if not self._inner.are_others(optimizers, schedulers):
             return
-        if self.current_worker is not None and not self.transparent:
+        if self.current_worker is not None and not self.is_plain_run:
             raise RuntimeError(
                 f"The optimizers were replaced inside worker {self.current_worker}'s turn, where the other workers"
                 " can't follow. Do it between steps, for all workers at once (for example in"
@@ -373,27 +373,27 @@ class Engine:
         return reports
 
     def _synchronise(self) -> Sequence[OuterStepReport]:
-        self.share_buffers_in_team()
+        self.broadcast_buffers_in_team()
         if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
             self._inner.check_averageable(self.policies.inner_state)
-        if self.transparent:
-            self._public.follow()
-        self._inner.share_outside_changes()
+        if self.is_plain_run:
+            self._live_module.follow()
+        self._inner.adopt_outside_changes()
         reports = self.algorithm.after_inner_step(self.local_steps)
         if not reports and self.context.due(self.local_steps):  # an algorithm that meets in its own way, or never
-            self.world.share_signals(f"the end of a round after {self.local_steps} local steps")
+            self.world.gather_signals(f"the end of a round after {self.local_steps} local steps")
         return reports
 
     def end_epoch(self) -> None:
         """After an epoch's last batch."""
         self._guard.end_batch(self._replicas.layout)
-        self._public.search()
+        self._live_module.search()
 
-    def share_buffers_in_team(self) -> None:
+    def broadcast_buffers_in_team(self) -> None:
         """Where several processes make up a worker, its first one's buffers hold, as under DDP."""
         if self.world.team > 1:
             for w in self.local_workers:
-                self.world.share_in_team([b for _, b in self._replicas.states[w].named_buffers()])
+                self.world.broadcast_in_team([b for _, b in self._replicas.states[w].named_buffers()])
 
     def flush(self) -> Sequence[OuterStepReport]:
         """One last synchronisation on a partial round; nothing if no step, or no change, is pending.
@@ -401,50 +401,52 @@ class Engine:
         If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
         synchronised all the same.
         """
-        self._public.search()
-        self._public.take_over()
+        self._live_module.search()
+        self._live_module.adopt_outside_changes()
         complete = self.local_steps == self.context.round_start and not self._moved_late
         if complete or self.context.at_rest():
             self.context.shared.synchronise_buffers()
-            self._public.publish(self.algorithm.publish())
+            self._live_module.publish(self.algorithm.publish())
             return []
-        self._inner.share_outside_changes()
+        self._inner.adopt_outside_changes()
         return self._exchanged(self.algorithm.flush(self.local_steps))
 
     def _exchanged(self, reports: Sequence[OuterStepReport]) -> Sequence[OuterStepReport]:
         if reports:
-            self._inner.rest()
-            self._public.set_transparent(self._is_plain_run())
-            self._public.publish(self.algorithm.publish())
+            self._inner.activate_first()
+            self._set_plain()
+            self._live_module.publish(self.algorithm.publish())
         return reports
 
-    def _is_plain_run(self) -> bool:
-        return self.num_workers == 1 and self.algorithm.outer_defaults is not None and self._outer.plain
+    def _set_plain(self) -> None:
+        """The outer optimizer decides anew after each synchronisation: its learning rate may have a schedule."""
+        plain = is_plain_run(self.num_workers, self.algorithm, self._outer.optimizer)
+        self._live_module.set_plain(plain)
 
     def adopt_outside_changes(self) -> None:
         """Adopts what was written into the module, also where it left no trace."""
-        self._public.search()
-        self._public.take_over()
+        self._live_module.search()
+        self._live_module.adopt_outside_changes()
 
     def expect_outside_changes(self) -> None:
         """The next look at the module finds what was written into it without a trace, too."""
-        self._public.search()
+        self._live_module.search()
 
     def finish(self) -> None:
         """Training is over: from here on the module holds θ, and what is written into it stays its own."""
-        was_transparent, complete = self.transparent, self.local_steps == self.context.round_start
-        self._public.set_transparent(False)
-        if was_transparent and complete:
+        was_plain, complete = self.is_plain_run, self.local_steps == self.context.round_start
+        self._live_module.set_plain(False)
+        if was_plain and complete:
             self.adopt_outside_changes()  # the only worker is θ, with what hooks wrote after the last round
         else:
-            self._public.publish(self.algorithm.publish())
+            self._live_module.publish(self.algorithm.publish())
         self.views.closed = True
 
     def close(self) -> None:
         """However the fit ended: the module is left with its own tensors, the optimizers with worker 0's state."""
-        self._public.set_transparent(False)
-        self._inner.share_outside_changes()
-        self._inner.rest()
+        self._live_module.set_plain(False)
+        self._inner.adopt_outside_changes()
+        self._inner.activate_first()
         self.views.closed = True
         for hook in self._hooks:
             hook.remove()

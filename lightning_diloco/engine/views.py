@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.context import SyncContext
-from lightning_diloco.state.live_module import PublicModel
+from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.policies import EvalWeights
 from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
 from lightning_diloco.state.replicas import ModelState, copy_buffers, is_floating, put_buffer
@@ -39,7 +39,7 @@ class Views:
     def __init__(
         self,
         context: SyncContext,
-        live: PublicModel,
+        live: LiveModule,
         publish: Callable[[], Mapping[str, Tensor]],
         which: EvalWeights,
         seed: int,
@@ -66,7 +66,7 @@ class Views:
         gradients = [(p, p.grad) for p in self._context.replicas.layout.everything]
         self.open += 1
         try:
-            with self._context.replicas.layout.showing(scratch):
+            with self._context.replicas.layout.activated(scratch):
                 yield
         finally:
             self.open -= 1
@@ -84,7 +84,7 @@ class Views:
         if self._shows_eval_weights:
             yield
             return
-        world = self._context.comm.world
+        world = self._context.channel.world
         stream = RandomStream(derive_seed(self._seed, "evaluation", self._context.local_steps), world.device)
         self.outside_random = process_state()
         try:
@@ -93,7 +93,7 @@ class Views:
                 self._live.evaluated(state)
                 shown = state.buffers
                 before = copy_buffers(shown)
-                with self._context.inner.sandbox(self._context.comm):
+                with self._context.inner.sandbox(self._context.channel):
                     yield
                 after = [dict(own) for own in shown]
         finally:
@@ -114,7 +114,7 @@ class Views:
 
     @property
     def _shows_eval_weights(self) -> bool:
-        return self._live.transparent and self._which != "outer"
+        return self._live.is_plain_run and self._which != "outer"
 
     def _copy_of(self, which: int | EvalWeights) -> ModelState:
         replicas, layout = self._context.replicas, self._context.replicas.layout
@@ -122,19 +122,19 @@ class Views:
             return layout.copy_of(ModelState(dict(self._publish()), self._context.outer.state.buffers))
         if isinstance(which, int):
             return layout.copy_of(replicas.states[which])
-        comm, here = self._context.comm, self._context.local_workers[0]
+        channel, here = self._context.channel, self._context.local_workers[0]
         scratch = layout.copy_of(replicas.states[here])
-        if which == "worker" and self._context.comm.world.size == 1:
+        if which == "worker" and self._context.channel.world.size == 1:
             return scratch
         held = self._context.shared.survey(f"an evaluation after {self._context.local_steps} local steps")
         if which == "worker":
-            values = comm.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
+            values = channel.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
         else:
             differing = [n for n in layout.names if n not in layout.frozen or not self._context.shared.same(held, n)]
             floating = [n for n in differing if is_floating(scratch.tensors[n])]
-            values = comm.mean(floating, replicas.tensors, what=None)
+            values = channel.mean(floating, replicas.tensors, what=None)
             others = [n for n in differing if n not in values]
-            values |= comm.copies_of(0, others, replicas.tensors, scratch.tensors)
+            values |= channel.copies_of(0, others, replicas.tensors, scratch.tensors)
         for name, value in values.items():
             scratch.tensors[name].copy_(value)
         common = self._context.shared.common_buffers(self._context.workers, held, first=which == "worker")

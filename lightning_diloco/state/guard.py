@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.state.replicas import Layout, ModelState
 
 _WAY_OUT = (
@@ -60,7 +60,7 @@ class StepGuard:
             self._layout = layout
             self._unproven = [n for n in layout.trainable if id(layout.parameters[n]) not in held]
         values = ((n, state.tensors[n]) for n in self._unproven)
-        self._before = {n: theta[n] if same_bits(t, theta[n]) else t.clone() for n, t in values}
+        self._before = {n: theta[n] if bitwise_equal(t, theta[n]) else t.clone() for n, t in values}
 
     @torch.no_grad()
     def end_turn(self, layout: Layout, state: ModelState, known: Collection[Any], where: str) -> None:
@@ -80,7 +80,7 @@ class StepGuard:
         proven, held = _held(self._stepped.values()), _held(known)
         for name, before in self._before.items():
             key = id(layout.parameters[name])
-            if key in proven or same_bits(state.tensors[name], before):
+            if key in proven or bitwise_equal(state.tensors[name], before):
                 continue
             message = (
                 f"Parameter {name!r} moved in {where}, but no optimizer that Lightning knows holds it and has stepped."

@@ -1,4 +1,4 @@
-"""The module between turns: what everybody but the workers sees of it, and what they write into it.
+"""The module between turns: what gathered but the workers sees of it, and what they write into it.
 
 Owns the module's own tensors. Between turns they hold θ, so that callbacks, loggers and checkpoints meet an ordinary
 module; what others write there is found by value and becomes θ's and every replica's when the next step begins. Until
@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.tensors import digest, same_bits
+from lightning_diloco.comm.tensors import bitwise_equal, digest
 from lightning_diloco.state.outer import Outer
 from lightning_diloco.state.replicas import BufferKey, Layout, ModelState, Replicas, put_buffer
 
 Buffers = list[dict[str, Tensor | None]]
 
 
-class PublicModel:
+class LiveModule:
     """The live module as others see it.
 
     Args:
@@ -27,14 +27,14 @@ class PublicModel:
         outer: θ.
 
     Attributes:
-        transparent: the only worker works on the module's own tensors (N = 1, plain average): nothing is swapped,
+        is_plain_run: the only worker works on the module's own tensors (N = 1, plain average): nothing is swapped,
             nothing needs to be taken over, the run is the plain run.
     """
 
     def __init__(self, replicas: Replicas, outer: Outer) -> None:
         self._replicas = replicas
         self._outer = outer
-        self.transparent = False
+        self.is_plain_run = False
         self._published: dict[str, Tensor] = {}  # where an algorithm published something else than θ
         self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of what the last validation saw
         self._search = False  # whether the next look compares tensors that show no trace of writing, too
@@ -44,27 +44,27 @@ class PublicModel:
     def layout(self) -> Layout:
         return self._replicas.layout
 
-    def show(self) -> None:
+    def deactivate(self) -> None:
         """Makes the module's own tensors live, after a turn."""
-        self.layout.bind(self._replicas.own)
+        self.layout.activate(self._replicas.own)
         self._remember()
 
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
         """Copies an outer model, and θ's buffers, into the module's own tensors."""
-        if self.transparent:
+        if self.is_plain_run:
             return
         theta = self._outer.tensors
         self._published = {n: t.clone() for n, t in parameters.items() if t is not theta.get(n)}
         self._replicas.own.copy_from(parameters, self._outer.state.buffers)
         self._remember()
 
-    def set_transparent(self, transparent: bool) -> None:
+    def set_plain(self, is_plain_run: bool) -> None:
         """Lets the only worker work on the module's own tensors, or gives it a copy of them again."""
-        if transparent != self.transparent:
+        if is_plain_run != self.is_plain_run:
             (worker,) = self._replicas.workers
             own = self._replicas.own = self.layout.read()
-            self._replicas.states[worker] = own if transparent else self.layout.copy_of(own)
-            self.transparent = transparent
+            self._replicas.states[worker] = own if is_plain_run else self.layout.copy_of(own)
+            self.is_plain_run = is_plain_run
             self._remember()
 
     def search(self) -> None:
@@ -76,22 +76,22 @@ class PublicModel:
         if self.layout.changed():
             self._follow_structure()
         self._replicas.own = self.layout.read()
-        if self.transparent:
+        if self.is_plain_run:
             self._replicas.states[self._replicas.workers[0]] = self._replicas.own
 
     @torch.no_grad()
-    def take_over(self) -> None:
+    def adopt_outside_changes(self) -> None:
         """Takes over what was written into the module between turns, tensor by tensor."""
         self.follow()
-        if self.transparent:
+        if self.is_plain_run:
             return
         for name, written in self.written().items():
             self._published.pop(name, None)
             for tensors in (self._outer.tensors, *map(self._replicas.tensors, self._replicas.workers)):
                 tensors[name].copy_(written)
         if self._search or self._buffer_traces() != self._traced_buffers:
-            everybody = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
-            self._copy_changes(self._outer.state.buffers, self._replicas.own.buffers, everybody)
+            gathered = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
+            self._copy_changes(self._outer.state.buffers, self._replicas.own.buffers, gathered)
         self._search = False
         self._remember()
 
@@ -106,7 +106,7 @@ class PublicModel:
         for name, trace in self._parameter_traces().items():
             written, theta = self._replicas.own.tensors[name], self._outer.tensors[name]
             before = self._published.get(name, theta)
-            if (self._search or self._traces.get(name) != trace) and not same_bits(written, before):
+            if (self._search or self._traces.get(name) != trace) and not bitwise_equal(written, before):
                 if self._was_evaluated(name, written):
                     written.copy_(before)
                 else:
@@ -116,7 +116,7 @@ class PublicModel:
     def pending(self, state: ModelState) -> ModelState:
         """``state`` with what others wrote into the module since the last turn: references, for a look or a file."""
         self.follow()
-        if self.transparent:
+        if self.is_plain_run:
             return state
         theta, own = self._outer.state.buffers, self._replicas.own.buffers
         buffers = [dict(mine) for mine in state.buffers]
@@ -187,4 +187,4 @@ class PublicModel:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else same_bits(a, b)
+    return a is b if a is None or b is None else bitwise_equal(a, b)

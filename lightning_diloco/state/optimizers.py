@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.channel import Comm
-from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.channel import Channel
+from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.state.randomness import RandomStream
 from lightning_diloco.state.replicas import is_floating
 from lightning_diloco.state.worker import (
@@ -68,7 +68,7 @@ class InnerOptimizers:
         self.initial = self._given_initial or [copy_state(o.state) for o in self.live]
         for i, (w, stream) in enumerate(self._streams.items()):
             self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
-        self._public = [c.read() for c in self._controls]
+        self._known_control = [c.read() for c in self._controls]
 
     def knows(self, optimizer: Any) -> bool:
         """Whether the training loop steps ``optimizer``."""
@@ -80,7 +80,7 @@ class InnerOptimizers:
 
     def replace(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
         """From now on these are live: workers keep what they have of those that stay, and start the new ones afresh."""
-        self.share_outside_changes()
+        self.adopt_outside_changes()
         old, holders = self.live, [*self.live, *self._schedulers]
         initial = self.initial
         self.live, self._schedulers = flatten_optimizers(optimizers), list(schedulers)
@@ -103,14 +103,14 @@ class InnerOptimizers:
                 for h, c in zip([*self.live, *schedulers], self._controls, strict=True)
             ]
             worker.follow(self.live, self._controls)
-        self.rest()
+        self.activate_first()
 
-    def rest(self) -> None:
+    def activate_first(self) -> None:
         """Between turns the optimizers and the scaler are the first worker's."""
-        self.first.show()
-        self._public = [c.read() for c in self._controls]
+        self.first.activate()
+        self._known_control = [c.read() for c in self._controls]
 
-    def share_outside_changes(self) -> None:
+    def adopt_outside_changes(self) -> None:
         """What schedulers and callbacks wrote into the optimizers between turns is meant for every worker."""
         first = self.first
         for position, optimizer in enumerate(self.live):
@@ -118,7 +118,7 @@ class InnerOptimizers:
                 for w in self.workers.values():
                     w.states[position] = optimizer.state if w is first else copy_state(optimizer.state)
         for position, holder in enumerate(self._controls):
-            live, public = holder.read(), self._public[position]
+            live, public = holder.read(), self._known_control[position]
             for g, values in enumerate(live):
                 known = public[g] if g < len(public) else {}
                 changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}
@@ -128,7 +128,7 @@ class InnerOptimizers:
                     w.control[position][g].update(changed)
             for w in self.workers.values():
                 del w.control[position][len(live) :]
-            self._public[position] = live
+            self._known_control[position] = live
 
     def watch_groups(self) -> list[Any]:
         """From now on notices optimizers whose own ``step`` changes their groups; returns handles that end it."""
@@ -149,12 +149,12 @@ class InnerOptimizers:
                     self._stateful_groups.setdefault(id(optimizer), key)
 
     @contextmanager
-    def first_live(self) -> Iterator[None]:
+    def first_activated(self) -> Iterator[None]:
         """Inside, the live optimizers are the first worker's; afterwards what they were."""
         if not self._sandboxed:
-            self.share_outside_changes()
+            self.adopt_outside_changes()
         states, control = [o.state for o in self.live], [c.read() for c in self._controls]
-        self.first.show()
+        self.first.activate()
         try:
             yield
         finally:
@@ -164,12 +164,12 @@ class InnerOptimizers:
                 holder.write(values)
 
     @contextmanager
-    def sandbox(self, comm: Comm) -> Iterator[None]:
+    def sandbox(self, channel: Channel) -> Iterator[None]:
         """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states.
 
         Control state that is written inside (learning rates, schedulers) is meant for every worker, as elsewhere.
         """
-        self.share_outside_changes()
+        self.adopt_outside_changes()
         for position, optimizer in enumerate(self.live):
             optimizer.state = copy_state(optimizer.state)
             if _has_modes(optimizer):
@@ -177,7 +177,7 @@ class InnerOptimizers:
                     i: [optimizer.state if w is self.first else copy_state(w.states[position])]
                     for i, w in self.workers.items()
                 }
-                average_inner_state(comm, [optimizer], states, least=1)
+                average_inner_state(channel, [optimizer], states, least=1)
         self._sandboxed = True
         try:
             yield
@@ -187,7 +187,7 @@ class InnerOptimizers:
                 optimizer.state = self.first.states[position]
                 if _has_modes(optimizer):  # eval() without train() is undone, with all else that a hook wrote there
                     self._controls[position].write(self.first.control[position])
-            self.share_outside_changes()
+            self.adopt_outside_changes()
 
     def check_averageable(self, policy: str) -> None:
         """Raises if some inner state can be neither reset nor averaged in a meaningful way; after the first step."""
@@ -210,12 +210,12 @@ class InnerOptimizers:
 
 @torch.no_grad()
 def average_inner_state(
-    comm: Comm, optimizers: Sequence[Any], states: Mapping[int, Sequence[OptimizerState]], least: int = 2
+    channel: Channel, optimizers: Sequence[Any], states: Mapping[int, Sequence[OptimizerState]], least: int = 2
 ) -> int:
     """Averages, in place, the floating tensors with ``least`` elements or more; returns bytes sent per worker.
 
     Args:
-        comm: reaches the workers hosted elsewhere.
+        channel: reaches the workers hosted elsewhere.
         optimizers: the live optimizers, which know the order of their parameters.
         states: for each participant hosted here, its state of each optimizer. An entry that some workers lack (of a
             parameter that never had a gradient there) is averaged over those that have it.
@@ -223,19 +223,19 @@ def average_inner_state(
     """
     entries = {w: _averageable(optimizers, own, least) for w, own in states.items()}
     kinds = {w: {name: (t.shape, t.dtype) for name, t in own.items()} for w, own in entries.items()}
-    everybody = comm.world.meet("a mean of inner optimizer states", kinds)
-    held = {w: own for theirs in everybody for w, own in theirs.items()}
+    gathered = channel.world.gather_all("a mean of inner optimizer states", kinds)
+    held = {w: own for theirs in gathered for w, own in theirs.items()}
     holders: dict[str, list[int]] = {}
     for w in sorted(held):
         for name in held[w]:
             holders.setdefault(name, []).append(w)
-    device = comm.world.device
+    device = channel.world.device
     sent = 0
     for group in dict.fromkeys(map(tuple, holders.values())):
         names = [n for n, having in holders.items() if tuple(having) == group]
         kind = {n: held[group[0]][n] for n in names}
         like = {n: torch.empty(shape, dtype=dtype, device=device) for n, (shape, dtype) in kind.items()}
-        means = comm.mean(names, entries.__getitem__, group, what=None, like=like)
+        means = channel.mean(names, entries.__getitem__, group, what=None, like=like)
         for w in [w for w in group if w in entries]:
             for n in names:
                 entries[w][n].copy_(means[n])
@@ -271,5 +271,5 @@ def _has_modes(optimizer: Any) -> bool:
 
 def _same_value(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or same_bits(a, b)
+        return a is b or bitwise_equal(a, b)
     return a is b or (type(a) is type(b) and bool(a == b))

@@ -57,7 +57,7 @@ class Outer:
         return self.state.tensors
 
     @property
-    def plain(self) -> bool:
+    def is_plain_average(self) -> bool:
         """Whether an outer step just assigns the mean: SGD(lr=1) without momentum, weight decay or maximize.
 
         Judged anew each time, since schedules may change the outer learning rate. Assigning is not what SGD computes:
@@ -129,7 +129,7 @@ class Outer:
 
 
 def is_plain_average(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer``'s step on Δ amounts to taking the mean of the replicas; see :attr:`Outer.plain`."""
+    """Whether ``optimizer``'s step on Δ assigns the mean of the replicas; see :attr:`Outer.is_plain_average`."""
     return type(optimizer) is torch.optim.SGD and all(
         group["lr"] == 1 and group["momentum"] == 0 and group["weight_decay"] == 0 and not group["maximize"]
         for group in optimizer.param_groups

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.channel import Comm
+from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.tensors import digest
 from lightning_diloco.state.optimizers import InnerOptimizers, average_inner_state
 from lightning_diloco.state.outer import Outer
@@ -58,14 +58,14 @@ class PolicyApplication:
     """
 
     def __init__(
-        self, policies: Policies, replicas: Replicas, outer: Outer, channel: Comm, inner: InnerOptimizers
+        self, policies: Policies, replicas: Replicas, outer: Outer, channel: Channel, inner: InnerOptimizers
     ) -> None:
         self._policies = policies
         self._replicas, self._outer, self._channel, self._inner = replicas, outer, channel, inner
 
     def survey(self, where: str) -> Survey:
         """What every worker holds in its frozen parameters and buffers; all processes ask together."""
-        return joined(self._channel.world.meet(where, self.survey_here()))
+        return joined(self._channel.world.gather_all(where, self.survey_here()))
 
     def survey_here(self) -> Survey:
         """As :meth:`survey`, of the workers hosted here."""

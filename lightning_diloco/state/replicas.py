@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torchmetrics import Metric
 
-from lightning_diloco.comm.tensors import same_bits
+from lightning_diloco.comm.tensors import bitwise_equal
 
 BufferKey = tuple[int, str]  # (position of the submodule in Layout.modules, name of its buffer)
 
@@ -44,7 +44,7 @@ class ModelState:
     def copy_from(self, tensors: Mapping[str, Tensor], buffers: list[dict[str, Tensor | None]]) -> None:
         """Takes over values, in place where shapes allow; tensors that hold them already are not written to."""
         for name, tensor in tensors.items():
-            if not same_bits(self.tensors[name], tensor):
+            if not bitwise_equal(self.tensors[name], tensor):
                 self.tensors[name].copy_(tensor)
         for mine, theirs in zip(self.buffers, buffers, strict=True):
             for name, buffer in theirs.items():
@@ -147,7 +147,7 @@ class Layout:
         """The tensors that are in the module right now: references, not copies."""
         return ModelState({n: p.data for n, p in self.parameters.items()}, [m._buffers for m in self.modules])
 
-    def bind(self, state: ModelState) -> None:
+    def activate(self, state: ModelState) -> None:
         """Makes ``state`` the module's values, by pointer."""
         for name, p in self.parameters.items():
             p.data = state.tensors[name]
@@ -155,14 +155,14 @@ class Layout:
             module.__dict__["_buffers"] = buffers
 
     @contextmanager
-    def showing(self, state: ModelState) -> Iterator[None]:
+    def activated(self, state: ModelState) -> Iterator[None]:
         """``state`` is live inside the block; afterwards the module has again what it had before."""
         before = self.read()
-        self.bind(state)
+        self.activate(state)
         try:
             yield
         finally:
-            self.bind(before)
+            self.activate(before)
 
     def collect(self, state: ModelState) -> None:
         """After ``state`` was live: takes in parameters whose ``.data`` was pointed elsewhere meanwhile."""

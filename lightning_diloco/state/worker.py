@@ -104,7 +104,7 @@ class Worker:
         scaler_owner: holder of the gradient scaler, or None without one.
         stream: the worker's random stream, or None to draw from the process's own.
         original: take the live state and scaler objects themselves instead of copies (one worker per process does, so
-            that what everybody else sees between turns is an ordinary optimizer).
+            that what gathered else sees between turns is an ordinary optimizer).
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Worker:
             parameters: the module's parameters, whose ``.grad`` is the worker's inside the block and None afterwards.
             keep_gradients: whether the worker finds its gradients again at its next turn.
         """
-        self.show()
+        self.activate()
         for p, gradient in self.gradients.items():
             p.grad = gradient
         self.gradients = {}
@@ -158,7 +158,7 @@ class Worker:
         """Other optimizers are live from now on; ``states`` and ``control`` are theirs already."""
         self._optimizers, self._controls = optimizers, controls
 
-    def show(self) -> None:
+    def activate(self) -> None:
         """Points the live optimizers and the scaler's owner to this worker's state."""
         for optimizer, state in zip(self._optimizers, self.states, strict=True):
             optimizer.state = state
