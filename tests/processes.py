@@ -17,7 +17,7 @@ LIMIT = 120  # seconds that a set of processes may take
 
 def free_port() -> int:
     with socket.socket() as s:
-        s.activate(("127.0.0.1", 0))
+        s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
