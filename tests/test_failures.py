@@ -18,6 +18,8 @@ from processes import outcomes, start
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 TIMEOUT = timedelta(seconds=4)
 
 

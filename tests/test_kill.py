@@ -17,6 +17,8 @@ from projects import Project
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 KILLS = 20
 
 

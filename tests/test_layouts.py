@@ -17,6 +17,8 @@ from torch.utils.data import IterableDataset
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 
 class Spoilt(Project):
     """Worker 2's weights become NaN in the second round."""

@@ -12,6 +12,8 @@ from processes import run
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 
 class Save(L.Callback):
     def __init__(self, step: int, path: Path) -> None:

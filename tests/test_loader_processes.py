@@ -15,13 +15,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-pytestmark = [
-    # torch's advice for machines with one core; two loader processes are what these tests are about
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes"),
-    # Python 3.12+ about torch's loader processes
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
 
 class Where(Numbers):
     """What a loader's process is, seen from the dataset."""

@@ -29,13 +29,6 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-pytestmark = [
-    # torch's advice for machines with one core; two loader processes are what these tests are about
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes"),
-    # Python 3.12+ about torch's loader processes
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
 
 @pytest.mark.parametrize("batch_size", [4, None])
 @pytest.mark.parametrize("loader_processes", [0, 2])

@@ -22,6 +22,8 @@ from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.comm.world import World
 
+pytestmark = pytest.mark.processes
+
 
 def test_pairs_that_cross_processes_in_either_direction_swap(tmp_path: Path) -> None:
     def talk(size: int) -> tuple[dict[int, float], float]:

@@ -23,13 +23,6 @@ from torch.utils.data import (
     DataLoader,
 )
 
-pytestmark = [
-    # torch's advice for machines with one core; two loader processes are what these tests are about
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes"),
-    # Python 3.12+ about torch's loader processes
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
 
 @pytest.mark.parametrize("kind", [dict, list])
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])

@@ -18,14 +18,6 @@ from lightning_diloco._lightning.data import WorkerBatches, shard
 from lightning_diloco.comm.world import World
 from lightning_diloco.fit import ShardPlan
 
-pytestmark = [
-    # torch's advice for machines with one core; two loader processes are what these tests are about
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes"),
-    # Python 3.12+ about torch's loader processes
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
-
 # ---------------------------------------------------------------------- ordinary loaders
 
 

@@ -192,6 +192,7 @@ def test_no_data_at_all_are_what_they_are_for_the_plain_trainer():
         assert (t.global_step, t.current_epoch) == (0, 2)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -216,6 +217,7 @@ def test_every_process_comes_to_the_same_verdict(make, options, tmp_path: Path):
         assert outcome == ("raised", "ValueError: " + too_few(3, readers="4 workers"))
 
 
+@pytest.mark.processes
 def test_a_single_batch_reaches_the_workers_of_every_process(tmp_path: Path):
     def single() -> tuple[Any, int]:
         L.seed_everything(1, verbose=False)

@@ -12,6 +12,8 @@ from torch import nn
 
 from lightning_diloco import DilocoSimulator
 
+pytestmark = pytest.mark.processes
+
 
 def numbers(stats: Any) -> dict[str, float]:
     return {key: -1.0 if value is None else value for key, value in asdict(stats).items()}

@@ -15,6 +15,8 @@ from processes import outcomes, start
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 
 class Warned(Project):
     """The last process is told that its time is nearly over."""

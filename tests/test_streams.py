@@ -22,14 +22,6 @@ from torch.utils.data import (
     DataLoader,
 )
 
-pytestmark = [
-    # torch's advice for machines with one core; two loader processes are what these tests are about
-    pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes"),
-    # Python 3.12+ about torch's loader processes
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
-
-
 STREAMS = {
     "IterableDataset": lambda: DataLoader(Stream(32), 3),
     "IterableDataset in two processes": lambda: DataLoader(Stream(40), 3, num_workers=2, persistent_workers=True),

@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_diloco import DilocoStrategy
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `__iter__` of Loader fetched"),
     pytest.mark.filterwarnings("ignore:The last 3 batch.es. of an epoch don't suffice for 4 workers"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
@@ -151,6 +149,7 @@ def test_a_partition_and_an_iter_of_its_own(tmp_path):
     assert read(ckpt_path=tmp_path / "2.ckpt") == {k: b[2 * (k[0] == 0) :] for k, b in whole.items()}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["iterable", "stream", "ignores its sampler"])
 def test_every_process_reads_the_same_stream(name, tmp_path):
     def read() -> Any:

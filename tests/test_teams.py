@@ -14,6 +14,8 @@ from torch import nn
 from lightning_diloco import DilocoStrategy
 from lightning_diloco.comm import world
 
+pytestmark = pytest.mark.processes
+
 TEAMS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "several buckets of gradients": {"chunk": 9},

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_diloco import DilocoStrategy
 from lightning_diloco.comm import means
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize(("workers", "size"), [(2, 2), (4, 2), (4, 4), (2, 4)])
 @pytest.mark.parametrize("reduction", ["ordered", "all_reduce"])

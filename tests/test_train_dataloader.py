@@ -35,8 +35,6 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from lightning_diloco import DilocoStrategy
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The last . batch.es. of an epoch don't suffice"),
     pytest.mark.filterwarnings("ignore:The `__iter__` of Loader fetched"),
 ]
