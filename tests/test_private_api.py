@@ -60,7 +60,8 @@ LAYERS = """
     algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
     engine.checkpoint engine.views engine.engine
     arguments callback fit
-    _lightning.reclassed _lightning.hooks _lightning.trainer_state _lightning.io _lightning.samplers _lightning.data
+    _lightning.reclassed _lightning.hooks _lightning.trainer_state _lightning.io _lightning.rounds
+    _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data
     _lightning.connectors _lightning.results _lightning.loops _lightning.installation _lightning.launching
     _lightning.trainers _lightning.process _lightning.team _lightning.fitting
     strategy
