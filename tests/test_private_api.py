@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +69,7 @@ LAYERS = """
     _lightning.reclassed _lightning.surface _lightning.hooks _lightning.trainer_state _lightning.io _lightning.rounds
     _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data
     _lightning.connectors _lightning.results _lightning.loops _lightning.installation _lightning.launching
-    _lightning.trainers _lightning.process _lightning.team _lightning.fitting
+    _lightning.trainers _lightning.ranks _lightning.process _lightning.collectives _lightning.team _lightning.fitting
     strategy
     simulator.metrics simulator.module simulator.callback simulator.facade simulator
     lightning_diloco as_pytorch_lightning __main__
@@ -96,10 +97,10 @@ def test_every_module_imports_only_modules_before_it() -> None:
 
 OURS = {  # private names of ours that Lightning's sources happen to have, too
     "_batches", "_connector", "_loader", "_lock", "_log", "_prefix", "_rank", "_sampler", "_start_method", "_sync",
-    "_timeout",
+    "_timeout", "_trace",
 }  # fmt: skip
 IN_THE_TABLES = {name for _, name in surface.SIGNATURES} | {
-    name for names in (*surface.ATTRIBUTES.values(), *surface.EXAMPLES.values()) for name in names
+    name for names in (*surface.ATTRIBUTES.values(), *surface.EXAMPLES.values(), surface.OF_MODULES) for name in names
 }
 
 
@@ -120,7 +121,7 @@ def private_names(path: Path) -> tuple[set[str], set[str]]:
         elif isinstance(node, ast.Assign):
             defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            used.add(node.value)  # getattr's and the like
+            used |= set() if node.value.endswith("_") else {node.value}  # getattr's and the like; not prefixes
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_diloco"):
             functions = {alias.name for alias in node.names if alias.name.islower()}
             used |= functions if "._" in (node.module or "") else {f for f in functions if f.startswith("_")}
@@ -181,7 +182,7 @@ def test_a_missing_private_attribute_of_the_trainer_is_named(place: str, name: s
     remove(holder, name, monkeypatch)
     with pytest.raises(RuntimeError) as caught:
         surface.verify(model)
-    assert str(caught.value) == missing_attribute(type(holder).__name__, name)
+    assert str(caught.value) == missing_attribute(type(holder), name)
 
 
 @pytest.mark.parametrize(("make", "name"), [(m, n) for m, names in surface.EXAMPLES.items() for n in names])
@@ -192,7 +193,14 @@ def test_a_missing_private_attribute_of_what_a_run_makes_is_named(make: Any, nam
     monkeypatch.setattr(surface, "EXAMPLES", {lambda: holder: surface.EXAMPLES[make]})
     with pytest.raises(RuntimeError) as caught:
         surface.verify(model)
-    assert str(caught.value) == missing_attribute(type(holder).__name__, name)
+    assert str(caught.value) == missing_attribute(type(holder), name)
+
+
+def test_a_module_without_a_trainer_attribute_is_named() -> None:
+    model, _ = connected()
+    del model._trainer
+    with pytest.raises(RuntimeError, match="has changed `LightningModule`: it has no attribute `_trainer`"):
+        surface.verify(model)
 
 
 def remove(holder: Any, name: str, monkeypatch: Any) -> None:
@@ -204,10 +212,12 @@ def remove(holder: Any, name: str, monkeypatch: Any) -> None:
             monkeypatch.delattr(cls, name)
 
 
-def missing_attribute(owner: str, name: str) -> str:
+def missing_attribute(owner: type, name: str) -> str:
+    package, needs = ("torch", ">=2.4") if owner.__module__.startswith("torch.") else ("lightning", ">=2.6,<2.7")
     return (
-        f"lightning {lightning.__version__} has changed `{owner}`: it has no attribute `{name}`. lightning_diloco works"
-        " inside Lightning's loops and needs lightning>=2.6,<2.7; install that, or a lightning_diloco made for yours."
+        f"{package} {metadata.version(package)} has changed `{owner.__name__}`: it has no attribute `{name}`."
+        f" lightning_diloco works inside Lightning's loops and needs {package}{needs}; install that, or a"
+        " lightning_diloco made for yours."
     )
 
 

@@ -14,7 +14,7 @@ class Reclassed:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.__name__ = cls.__qualname__ = lightnings_class(cls).__name__
+        cls.__name__ = cls.__qualname__ = _lightnings(cls).__name__
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -22,7 +22,7 @@ class Reclassed:
         _, (_, *arguments), state, *contents = reduced
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in _annotations(type(self))}
-        return _new, (lightnings_class(type(self)), *arguments), state, *contents
+        return _new, (_lightnings(type(self)), *arguments), state, *contents
 
 
 def give_back(holder: Any) -> None:
@@ -30,15 +30,14 @@ def give_back(holder: Any) -> None:
     if isinstance(holder, Reclassed):
         for name in _annotations(type(holder)):
             vars(holder).pop(name, None)
-        holder.__class__ = lightnings_class(type(holder))
+        holder.__class__ = _lightnings(type(holder))
 
 
 def _new(cls: type, *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)  # pickle's constructor insists on the class that the object has
 
 
-def lightnings_class(cls: type) -> type:
-    """The class of Lightning's that ``cls`` is or extends."""
+def _lightnings(cls: type) -> type:
     return next(base for base in cls.__mro__ if base.__module__.startswith("lightning."))
 
 

@@ -35,8 +35,6 @@ from torch.utils import _pytree
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_diloco._lightning.reclassed import lightnings_class
-
 _SUPPORTED = {"lightning": "lightning>=2.6,<2.7", "torch": "torch>=2.4"}
 
 SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
@@ -99,6 +97,8 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
     (_pytree, "tree_unflatten"): ("leaves", "treespec"),
 }
 
+OF_MODULES = ("_trainer",)
+
 ATTRIBUTES: dict[str, tuple[str, ...]] = {  # an object of the run, as the module reaches it → its attributes
     "_trainer": (
         "_accelerator_connector",
@@ -147,6 +147,7 @@ EXAMPLES: dict[Callable[[], object], tuple[str, ...]] = {  # makes an object lik
         "sync",
     ),
     lambda: SingleDeviceStrategy(): ("_accelerator", "_checkpoint_io", "_launcher", "_precision_plugin"),
+    lambda: DataLoader([0]): ("_iterator",),
     lambda: DDPStrategy(): ("_layer_sync",),  # where Lightning puts its SyncBatchNorm plugin
 }
 
@@ -162,7 +163,7 @@ def verify(model: LightningModule) -> None:
         found = None if function is None else tuple(inspect.signature(inspect.unwrap(function)).parameters)
         if found != expected:
             raise _changed(owner, f"`{owner.__name__}.{name}`: expected the parameters {expected}, found {found}")
-    _check_attributes(model, ("_trainer",))
+    _check_attributes(model, OF_MODULES)
     for make, names in EXAMPLES.items():
         _check_attributes(make(), names)
     if model._trainer is not None:  # else the Trainer's connectors are used without a run
@@ -171,7 +172,7 @@ def verify(model: LightningModule) -> None:
 
 
 def _check_attributes(holder: Any, names: tuple[str, ...]) -> None:
-    owner = lightnings_class(type(holder))
+    owner = next(base for base in type(holder).__mro__ if base.__module__.split(".")[0] in _SUPPORTED)
     for name in names:
         if not (hasattr(type(holder), name) or hasattr(holder, name)):  # the class first: a property isn't evaluated
             raise _changed(owner, f"`{owner.__name__}`: it has no attribute `{name}`")
