@@ -68,8 +68,9 @@ LAYERS = """
     arguments callback fit
     _lightning.reclassed _lightning.surface _lightning.hooks _lightning.trainer_state _lightning.io _lightning.rounds
     _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data
-    _lightning.connectors _lightning.results _lightning.loops _lightning.installation _lightning.launching
-    _lightning.trainers _lightning.ranks _lightning.process _lightning.collectives _lightning.team _lightning.fitting
+    _lightning.connectors _lightning.results _lightning.turns _lightning.loops _lightning.installation
+    _lightning.launching _lightning.trainers _lightning.ranks _lightning.process _lightning.collectives _lightning.team
+    _lightning.fitting
     strategy
     simulator.metrics simulator.module simulator.callback simulator.facade simulator
     lightning_diloco as_pytorch_lightning __main__

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
@@ -103,7 +102,7 @@ class Trace:
                 yield WorkerBatches({w: queue.popleft() for w, queue in queues.items()})
         if first and not complete:
             raise too_few(self._yielded, self._plan)
-        self._warn(counts, sum(map(len, queues.values())))
+        self._report(counts, sum(map(len, queues.values())))
 
     def _assign(self, batch: Any, counts: Mapping[int, int]) -> int:
         if not self._observed:
@@ -123,7 +122,7 @@ class Trace:
         self._unclear += 1
         return self._waiting.popleft() if self._waiting else min(counts, key=counts.__getitem__)
 
-    def _warn(self, counts: Mapping[int, int], left: int) -> None:
+    def _report(self, counts: Mapping[int, int], left: int) -> None:
         if self._unclear and self._fetched != self._yielded:
             rank_zero_warn(
                 UNCLEAR.format(loader=self._loader, fetched=self._fetched, yielded=self._yielded, unclear=self._unclear)
