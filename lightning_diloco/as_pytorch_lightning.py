@@ -9,10 +9,10 @@ strategy of ``lightning.pytorch``. Projects, and packages that build the Trainer
 From then on, and until the process ends, ``pytorch_lightning.x`` is the very module ``lightning.pytorch.x``, whatever
 is imported first; the package ``pytorch_lightning`` isn't read and need not be installed.
 
-Owns the import hook. Does not own the warning of a DilocoStrategy made without it (``strategy.py``).
+Elsewhere: the warning of a DilocoStrategy made without this import (``strategy.py``).
 
 Raises:
-    ImportError: one of the two packages has been imported already.
+    ImportError: ``pytorch_lightning`` or ``lightning_fabric`` has been imported already.
 """
 
 import importlib
@@ -49,7 +49,9 @@ class _Alias(metadata.DistributionFinder, Loader):
         sys.modules[module.__name__] = importlib.import_module(real)  # importlib returns what it finds there
 
     @override
-    def find_distributions(self, context: metadata.DistributionFinder.Context = _ANY) -> list[metadata.Distribution]:
+    def find_distributions(
+        self, context: metadata.DistributionFinder.Context = _ANY_NAME
+    ) -> list[metadata.Distribution]:
         alias = context.name is not None and context.name.replace("-", "_").lower() in _PACKAGES
         return [metadata.distribution("lightning")] if alias else []
 
