@@ -1,13 +1,34 @@
-"""Tensors as numbers and as bits: compared, hashed, and made ready to travel.
+"""Tensors as numbers and as bits: copied, compared, hashed, and viewed as bytes for ``torch.distributed``.
 
 Owns nothing but these functions. Imports nothing of Lightning.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def copied(value: Any, device: torch.device | None = None, plain: bool = False) -> Any:
+    """A deep copy of nested state that shares no tensor with ``value``.
+
+    Args:
+        value: tensors in dicts, lists and tuples; dict keys stay the same objects, other values are deep-copied.
+        device: move tensors there, except tensors of at most one element (step counters), which move to the CPU only.
+        plain: dicts of a subclass become plain dicts, so that files load with ``weights_only=True``.
+    """
+    if isinstance(value, Tensor):
+        clone = value.detach().clone()
+        moves = device is not None and (value.numel() > 1 or device.type == "cpu")
+        return clone.to(device) if moves else clone
+    if type(value) is dict or (plain and isinstance(value, dict)):
+        return {k: copied(v, device, plain) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(v, device, plain) for v in value)
+    return copy.deepcopy(value)
 
 
 def bitwise_equal(a: Tensor, b: Tensor) -> bool:

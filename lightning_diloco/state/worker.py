@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_diloco.comm.tensors import copied
 from lightning_diloco.state.randomness import RandomStream
 
 OptimizerState = dict[Any, Any]  # parameter → {name: tensor or Python value}, as in Optimizer.state
@@ -47,16 +48,7 @@ def flatten_optimizers(optimizers: Sequence[Any]) -> list[Any]:
 
 def copy_state(state: OptimizerState) -> OptimizerState:
     """A copy that shares no tensor with ``state``; the keys stay the same parameter objects."""
-    cloned: OptimizerState = defaultdict(dict)
-    for key, values in state.items():
-        cloned[key] = (
-            {k: _copy_value(v) for k, v in values.items()} if isinstance(values, dict) else _copy_value(values)
-        )
-    return cloned
-
-
-def _copy_value(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return defaultdict(dict, {key: copied(values) for key, values in state.items()})
 
 
 _MUTABLE = (Tensor, list, dict, set)
@@ -70,7 +62,7 @@ class Groups:
 
     def read(self) -> Control:
         return [
-            {k: _copy_value(v) if isinstance(v, _MUTABLE) else v for k, v in group.items() if k != "params"}
+            {k: copied(v) if isinstance(v, _MUTABLE) else v for k, v in group.items() if k != "params"}
             for group in self._optimizer.param_groups
         ]
 
@@ -88,10 +80,10 @@ class Schedule:
         self._scheduler = scheduler
 
     def read(self) -> Control:
-        return [copy.deepcopy(self._scheduler.state_dict())]
+        return [copied(self._scheduler.state_dict())]
 
     def write(self, control: Control) -> None:
-        self._scheduler.load_state_dict(copy.deepcopy(control[0]))
+        self._scheduler.load_state_dict(copied(control[0]))
 
 
 class Worker:
