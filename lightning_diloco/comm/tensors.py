@@ -43,22 +43,22 @@ def bitwise_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones."""
+    """Complex numbers as pairs of real numbers."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """One dimension of real numbers, in the logical order of elements; a view where the memory is in that order."""
+    """Flattened real numbers, in the logical order of the elements; a view where the memory has that order."""
     return real_view(tensor).reshape(-1)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes, which share its memory: every back end can move them, whatever the dtype."""
+    """The bytes of a contiguous tensor, as a view: every back end can send bytes, but not every dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def digest(tensor: Tensor, reference: Tensor | None) -> bytes:
-    """Empty if the tensor is the reference bit for bit, else a hash of its bits."""
+    """A hash of the tensor's bits; empty if they equal the reference's."""
     if reference is not None and bitwise_equal(tensor, reference):
         return b""
     bits = bytes_of(tensor.detach().cpu().contiguous()).numpy()
@@ -66,7 +66,7 @@ def digest(tensor: Tensor, reference: Tensor | None) -> bytes:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """A number that differs, almost surely, if a bit does."""
+    """A number that almost surely differs between tensors that differ in a bit."""
     total = 0
     for n, t in tensors.items():
         bits = bytes_of(t.detach().contiguous())
