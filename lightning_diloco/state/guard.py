@@ -84,7 +84,7 @@ class StepGuard:
                 continue
             message = (
                 f"Parameter {name!r} moved in {where}, but no optimizer of `configure_optimizers` that trains it has"
-                f" stepped. {_WAY_OUT} If the parameter is not trained by gradients (an EMA teacher, a codebook), call"
+                f" stepped. {_WAY_OUT} If the parameter is not trained by gradients (an EMA teacher, a codebook), set"
                 " `requires_grad_(False)` on it."
             )
             if key not in optimized:

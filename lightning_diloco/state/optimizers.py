@@ -236,11 +236,8 @@ def average_inner_state(
     local = {w: {name: (t.shape, t.dtype) for name, t in found.items()} for w, found in entries.items()}
     # A mean is a collective over all processes. Processes whose workers have different entries would wait for each
     # other in different means, so all processes first learn which workers have which entries.
-    kinds = {
-        w: found
-        for some in channel.world.gather_all("a mean of inner optimizer states", local)
-        for w, found in some.items()
-    }
+    gathered = channel.world.gather_all("a mean of inner optimizer states", local)
+    kinds = {w: found for process in gathered for w, found in process.items()}
     holders: dict[str, list[int]] = {}
     for w in sorted(kinds):
         for name in kinds[w]:
