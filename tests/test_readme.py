@@ -65,9 +65,3 @@ def test_the_ten_line_algorithm_is_about_ten_lines() -> None:
 def test_every_file_that_the_readme_links_to_exists() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), target
-
-
-def test_the_number_of_plain_run_set_ups_is_right() -> None:
-    from test_plain_run import CASES
-
-    assert f"over {len(CASES)} set-ups" in README.replace("\n  ", " ")
