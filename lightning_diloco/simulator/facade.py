@@ -142,7 +142,7 @@ class DilocoSimulator:
             raise ValueError("`eval_loss_hook` was given without `eval_dataset` and would never be called. Give both.")
         if ckpt_interval is not None and save_dir is None:
             raise ValueError(
-                f"`ckpt_interval` (={ckpt_interval}) was given without `save_dir`. Name the folder of the files in `save_dir`."
+                f"`ckpt_interval` (={ckpt_interval}) was given without `save_dir`. Give the folder of the files."
             )
         given_seed, seed = seed, as_integer(seed)
         if given_seed is not None and (seed is None or not 0 <= seed < 2**32):
