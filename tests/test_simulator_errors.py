@@ -155,7 +155,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"trainer_kwargs": {"limit_val_batches": 3}},
-        "`trainer_kwargs` has 'limit_val_batches' (=3), which is decided by `eval_iters`. Leave 'limit_val_batches' out.",
+        "`trainer_kwargs` has 'limit_val_batches' (=3), which is decided by `eval_iters`. Leave 'limit_val_batches'"
+        " out.",
     ),
 ]
 

@@ -65,10 +65,7 @@ class Differences(Mapping[str, Tensor]):
 
 
 def chunks(names: Sequence[str], like: Mapping[str, Tensor], most: int) -> Iterator[list[tuple[str, int, int]]]:
-    """Groups of segments (name, start, stop) of flattened tensors.
-
-    The tensors of a group share dtype and device; a group has ``most`` elements, the last group of a dtype fewer.
-    """
+    """Segments (name, start, stop) of flattened tensors, in groups of equal dtype and device and ``most`` elements."""
     for kind in dict.fromkeys((like[n].dtype, like[n].device) for n in names):
         group, free = [], most
         for name in names:
@@ -85,10 +82,7 @@ def chunks(names: Sequence[str], like: Mapping[str, Tensor], most: int) -> Itera
 
 
 def reader(tensors: Mapping[str, Tensor], name: str) -> Callable[[int, int], Tensor]:
-    """A function ``(start, stop) →`` these elements of the flattened tensor ``name``.
-
-    Of :class:`Differences`, only the elements that are read are computed.
-    """
+    """``(start, stop) →`` elements of the flattened tensor ``name``; differences are computed for these only."""
     if isinstance(tensors, Differences):
         minuend, subtrahend = flat(tensors.minuend[name]), flat(tensors.subtrahend[name])
         return lambda start, stop: minuend[start:stop] - subtrahend[start:stop]

@@ -197,11 +197,7 @@ class InnerOptimizers:
             self.adopt_outside_changes()
 
     def check_averageable(self, policy: str) -> None:
-        """Refuses inner states without a meaningful reset or mean; to be called after the first step.
-
-        Raises:
-            ValueError: an optimizer keeps state in ``param_groups``, or lists in its state.
-        """
+        """Refuses inner states without a meaningful reset or mean; to be called after the first step."""
         for optimizer in self.live:
             if id(optimizer) in self._stateful_groups:
                 raise ValueError(

@@ -42,10 +42,7 @@ class ModelState:
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor], buffers: list[dict[str, Tensor | None]]) -> None:
-        """Copies values, in place where shapes allow.
-
-        Equal tensors are not written to: that would move their version counters, the trace of an outside change.
-        """
+        """Copies values, in place where shapes allow; equal tensors are not written to."""
         for name, tensor in tensors.items():
             if not bitwise_equal(self.tensors[name], tensor):
                 self.tensors[name].copy_(tensor)
@@ -130,10 +127,7 @@ class Layout:
         self._required = {id(p) for p in self.everything if p.requires_grad}
 
     def end_turn(self) -> None:
-        """After a worker's turn: parameters that the turn froze count as trainable.
-
-        GANs toggle ``requires_grad`` within a step; taken as frozen, such parameters would leave the outer optimizer.
-        """
+        """After a worker's turn: parameters that the turn left frozen still count as trainable (GANs toggle the flag)."""
         required = {id(p) for p in self.everything if p.requires_grad}
         self._suspended = (self._suspended | self._required) - required
 
@@ -171,11 +165,7 @@ class Layout:
             self.activate(before)
 
     def collect(self, state: ModelState) -> None:
-        """After ``state`` was active: copies parameters whose ``.data`` now points to another tensor into ``state``.
-
-        Raises:
-            RuntimeError: such a parameter has another shape or dtype than in ``state``.
-        """
+        """After ``state`` was active: copies parameters whose ``.data`` now points to another tensor into ``state``."""
         for name, p in self.parameters.items():
             tensor = state.tensors[name]
             if p.data_ptr() != tensor.data_ptr():
