@@ -83,25 +83,19 @@ class InnerOptimizers:
     def replace(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
         """Makes these live: workers keep their states of optimizers that stay, and start new optimizers afresh."""
         self.adopt_outside_changes()
-        old, holders = self.live, [*self.live, *self._schedulers]
-        initial = self.initial
+        old, initial, holders = self.live, self.initial, [*self.live, *self._schedulers]
         self.live, self._schedulers = flatten_optimizers(optimizers), list(schedulers)
         self._controls = [*map(Groups, self.live), *map(Schedule, schedulers)]
-        self.initial = [
-            copy_state(o.state) if (kept := _position(old, o)) is None else initial[kept] for o in self.live
-        ]
+        kept = [(o, _position(old, o)) for o in self.live]
+        self.initial = [copy_state(o.state) if i is None else initial[i] for o, i in kept]
         for worker in self.workers.values():
             states, control = worker.states, worker.control
             worker.states = [
-                states[kept]
-                if (kept := _position(old, o)) is not None
-                else o.state
-                if worker is self.first
-                else copy_state(o.state)
-                for o in self.live
+                states[i] if i is not None else o.state if worker is self.first else copy_state(o.state)
+                for o, i in kept
             ]
             worker.control = [
-                c.read() if (kept := _position(holders, h)) is None else control[kept]
+                c.read() if (i := _position(holders, h)) is None else control[i]
                 for h, c in zip([*self.live, *schedulers], self._controls, strict=True)
             ]
             worker.follow(self.live, self._controls)

@@ -127,7 +127,7 @@ class Layout:
         self._required = {id(p) for p in self.everything if p.requires_grad}
 
     def end_turn(self) -> None:
-        """After a worker's turn: parameters that the turn left frozen still count as trainable (GANs toggle the flag)."""
+        """After a worker's turn: parameters that the turn froze still count as trainable (GANs toggle the flag)."""
         required = {id(p) for p in self.everything if p.requires_grad}
         self._suspended = (self._suspended | self._required) - required
 
