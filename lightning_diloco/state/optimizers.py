@@ -227,16 +227,16 @@ def average_inner_state(
     # A mean is a collective over all processes. Processes whose workers have different entries would wait for each
     # other in different means, so all processes first learn which workers have which entries.
     gathered = channel.world.gather_all("a mean of inner optimizer states", local)
-    kinds = {w: found for process in gathered for w, found in process.items()}
+    shapes = {w: found for process in gathered for w, found in process.items()}
     holders: dict[str, list[int]] = {}
-    for w in sorted(kinds):
-        for name in kinds[w]:
+    for w in sorted(shapes):
+        for name in shapes[w]:
             holders.setdefault(name, []).append(w)
     device = channel.world.device
     sent = 0
     for group in dict.fromkeys(map(tuple, holders.values())):
         names = [n for n, workers in holders.items() if tuple(workers) == group]
-        first = {n: kinds[group[0]][n] for n in names}
+        first = {n: shapes[group[0]][n] for n in names}
         like = {n: torch.empty(shape, dtype=dtype, device=device) for n, (shape, dtype) in first.items()}
         means = channel.mean(names, entries.__getitem__, group, what=None, like=like)
         for w in [w for w in group if w in entries]:

@@ -72,7 +72,7 @@ class PolicyApplication:
         return joined(self._channel.world.gather_all(where, self.survey_here()))
 
     def survey_here(self) -> Survey:
-        """As :meth:`survey`, of the workers hosted here."""
+        """As :meth:`survey`, of the workers of this process."""
         layout, theta = self._replicas.layout, self._outer.state
         reference: dict[str, Tensor | None] = {n: theta.tensors[n] for n in layout.frozen}
         reference |= _named_buffers(layout, theta)
@@ -92,15 +92,15 @@ class PolicyApplication:
     def synchronise_frozen(self, participants: Sequence[int], survey: Survey) -> None:
         """Synchronises frozen parameters by the policy of buffers, floating ones as floating buffers."""
         read, frozen = self._replicas.tensors, self._replicas.layout.frozen
-        here = read(self._channel.world.workers[0])
+        local = read(self._channel.world.workers[0])
         differing = [n for n in frozen if not self.same(survey, n)]
-        averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(here[n])]
+        averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(local[n])]
         values = self._channel.mean(averaged, read, participants, what=None)
         others = [n for n in differing if n not in values]
-        values |= self._channel.copies_of(participants[0], others, read, like=here)
-        self._outer.assign({**{n: here[n] for n in frozen}, **values})
+        values |= self._channel.copies_of(participants[0], others, read, like=local)
+        self._outer.assign({**{n: local[n] for n in frozen}, **values})
         if self._policies.buffers != "local":
-            self._channel.record("buffers", sum(here[n].nbytes for n in differing))
+            self._channel.record("buffers", sum(local[n].nbytes for n in differing))
             for w in self._channel.world.workers:
                 for n in differing:
                     read(w)[n].copy_(values[n])
