@@ -140,7 +140,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"strategy_kwargs": {"num_nodes": 3}},
         "`strategy_kwargs` has 'num_nodes' (=3), which is decided by the simulator's argument of the same name. Leave"
-        " it out.",
+        " 'num_nodes' out.",
     ),
     ({"strategy_kwargs": {"buffers": "typo"}}, "`buffers` (='typo') must be one of 'average', 'first', 'local'."),
     ({"outer_optimizer_kwargs": {"lr": -1.0}}, "The outer optimizer can't be built: "),
