@@ -102,7 +102,7 @@ class Engine:
         held = [*(layout.parameters[n] for n in layout.trainable), *module.parameters(), *module.buffers()]
         self._device = self.world.device = held[0].device if held else torch.device("cpu")
         self._replicas = Replicas(layout, self.local_workers)
-        self._outer = Outer(layout, self._replicas.own, outer_factory)
+        self._outer = Outer(layout, self._replicas.module_state, outer_factory)
         if not is_plain_run(num_workers, algorithm, self._outer.optimizer):
             refuse_untrainable(module)
         self._live_module = LiveModule(self._replicas, self._outer)
@@ -489,7 +489,8 @@ class Engine:
         """Bytes held, by purpose. ``gradients_per_worker`` is 0 unless gradients are kept between a worker's turns."""
         parameters, buffers = self._replicas.states[self.local_workers[0]].nbytes()
         inner, gradients = self._inner.first.nbytes()
-        workers, own, outer_state = len(self.local_workers), sum(self._replicas.own.nbytes()), self._outer.state_bytes()
+        workers, outer_state = len(self.local_workers), self._outer.state_bytes()
+        module = sum(self._replicas.module_state.nbytes())
         return {
             "workers": workers,
             "parameters_per_worker": parameters,
@@ -498,8 +499,8 @@ class Engine:
             "gradients_per_worker": gradients,
             "outer_model": parameters + buffers,
             "outer_state": outer_state,
-            "module": own,
-            "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + own,
+            "module": module,
+            "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + module,
         }
 
 

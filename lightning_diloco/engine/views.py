@@ -4,7 +4,6 @@ Owns the windows in which the live module shows such a copy, and what becomes of
 module between turns (``state/live_module.py``). Imports nothing of Lightning.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.comm.tensors import copied
 from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.policies import EvalWeights
 from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
@@ -110,7 +110,7 @@ class Views:
         live = which is None and (self.open or self.closed or self._shows_eval_weights)
         with nullcontext() if live else self.weights(self._which if which is None else which):
             state = self._context.replicas.layout.module.state_dict()
-            return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+            return {k: copied(v) for k, v in state.items()}
 
     @property
     def _shows_eval_weights(self) -> bool:

@@ -1,8 +1,8 @@
-"""Training that would be lost: parameters that no known optimizer moves, and optimizers that nobody told Lightning of.
+"""Checks during training that parameters are trained by the optimizers of ``configure_optimizers``.
 
-Owns the two checks. Steps are counted, and inner states kept per worker, by the optimizers of ``configure_optimizers``;
-with any other optimizer no step would be counted, and all workers would share the optimizer's state. Changes nothing.
-Imports nothing of Lightning.
+A known optimizer is an optimizer of ``configure_optimizers``: its steps are counted, and each worker has a state of it.
+The steps of any other optimizer would not be counted, and all workers would share its state. Changes nothing. Imports
+nothing of Lightning.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,33 +16,33 @@ from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.state.replicas import Layout, ModelState
 
 _WAY_OUT = (
-    "Workers count steps and keep their states by the optimizers of `configure_optimizers`: return the optimizer there"
-    " and step it as Lightning does (with manual optimization: `self.optimizers().step()`)."
+    "Local steps are counted, and inner states kept per worker, for these optimizers only: return the optimizer from"
+    " `configure_optimizers` and step it as Lightning does (with manual optimization: `self.optimizers().step()`)."
 )
 
 
 class StepGuard:
-    """Compares parameters around a worker's turn, as long as no known optimizer that holds them has stepped.
+    """Compares parameters around a worker's turn until a known optimizer of theirs has stepped.
 
-    That is the first turn of an ordinary fit; from then on nothing is compared.
+    An ordinary fit compares around the first turn only.
     """
 
     def __init__(self) -> None:
         self._stepped: dict[int, Any] = {}  # id → known optimizer that has stepped
         self._layout: Layout | None = None
-        self._unproven: list[str] = []  # trainable parameters that none of them holds
+        self._unproven: list[str] = []  # trainable parameters of no stepped optimizer
         self._before: dict[str, Tensor] = {}
-        self._moved: dict[str, str] = {}  # parameter → error, where its optimizer may still be about to step
+        self._moved: dict[str, str] = {}  # parameter → error, if its optimizer doesn't step in this batch
         self._foreign: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # unknown optimizer → turn of its latest step
 
     def stepped(self, optimizer: Any) -> None:
-        """A known optimizer stepped: its parameters are in good hands."""
+        """A known optimizer has stepped: its parameters need no more comparison."""
         if id(optimizer) not in self._stepped:
             self._stepped[id(optimizer)] = optimizer
             self._layout = None
 
     def replaced(self) -> None:
-        """The optimizers are others from now on."""
+        """The training loop has other optimizers from now on."""
         self._stepped.clear()
         self._layout = None
 
@@ -53,12 +53,12 @@ class StepGuard:
         Args:
             layout: the module's layout.
             state: the worker's replica.
-            theta: θ, which is compared with where the replica equals it; other tensors are cloned.
+            theta: θ, the reference where the replica equals it; the replica's other tensors are cloned.
         """
         if self._unproven or self._layout is not layout:
-            held = _held(self._stepped.values())
+            proven = _parameter_ids(self._stepped.values())
             self._layout = layout
-            self._unproven = [n for n in layout.trainable if id(layout.parameters[n]) not in held]
+            self._unproven = [n for n in layout.trainable if id(layout.parameters[n]) not in proven]
         values = ((n, state.tensors[n]) for n in self._unproven)
         self._before = {n: theta[n] if bitwise_equal(t, theta[n]) else t.clone() for n, t in values}
 
@@ -73,22 +73,23 @@ class StepGuard:
             where: the turn, in words that complete "moved in …".
 
         Raises:
-            RuntimeError: a trainable parameter has moved that no known optimizer holds.
+            RuntimeError: a trainable parameter has moved that is in no known optimizer.
         """
         if not self._before:
             return
-        proven, held = _held(self._stepped.values()), _held(known)
+        proven, optimized = _parameter_ids(self._stepped.values()), _parameter_ids(known)
         for name, before in self._before.items():
             key = id(layout.parameters[name])
             if key in proven or bitwise_equal(state.tensors[name], before):
                 continue
             message = (
-                f"Parameter {name!r} moved in {where}, but no optimizer that Lightning knows holds it and has stepped."
-                f" {_WAY_OUT} If it is no gradient that moves it (an EMA teacher, a codebook), set"
+                f"Parameter {name!r} moved in {where}, but no optimizer of `configure_optimizers` that trains it has"
+                f" stepped. {_WAY_OUT} If the parameter is not trained by gradients (an EMA teacher, a codebook), set"
                 " `requires_grad_(False)` on it."
             )
-            if key not in held:
+            if key not in optimized:
                 raise RuntimeError(message)
+            # an optimizer that has the parameter may step after this turn: end_batch decides
             self._moved.setdefault(name, message)
         self._before = {}
 
@@ -97,14 +98,14 @@ class StepGuard:
 
         Args:
             layout: the module's layout.
-            waiting: parameters whose gradient is kept: their optimizer may step in a later batch.
+            waiting: parameters with a gradient kept for later: their optimizer may step in a later batch.
 
         Raises:
-            RuntimeError: a parameter has moved although none of the known optimizers that hold it has ever stepped.
+            RuntimeError: a parameter has moved although no known optimizer of it has ever stepped.
         """
         if not self._moved:
             return
-        fine = _held(self._stepped.values()) | {id(p) for p in waiting}
+        fine = _parameter_ids(self._stepped.values()) | {id(p) for p in waiting}
         for name, message in self._moved.items():
             if name in layout.parameters and id(layout.parameters[name]) not in fine:
                 raise RuntimeError(message)
@@ -112,21 +113,22 @@ class StepGuard:
             self._moved.clear()
 
     def foreign_step(self, optimizer: Any, layout: Layout, turn: Any) -> None:
-        """An optimizer that Lightning doesn't know stepped in a worker's turn (``turn``: which worker and step).
+        """An optimizer that is not known has stepped in a worker's turn (``turn``: worker and step).
 
-        One that is made anew for every turn, as in meta-learning, is the project's business.
+        An optimizer that is made anew for every turn, as in meta-learning, is allowed.
 
         Raises:
-            RuntimeError: it holds parameters of the module, and did so in another turn, too.
+            RuntimeError: the optimizer trains parameters of the module, and has stepped in another turn, too.
         """
-        if not _held([optimizer]) & {id(p) for p in layout.everything}:
+        if not _parameter_ids([optimizer]) & {id(p) for p in layout.everything}:
             return
         if self._foreign.setdefault(optimizer, turn) != turn:
             raise RuntimeError(
                 f"{type(optimizer).__name__} steps parameters of {type(layout.module).__name__} in the turns of several"
-                f" workers, which would share its state, but `configure_optimizers` doesn't return it. {_WAY_OUT}"
+                " workers, which would share the optimizer's state, but `configure_optimizers` doesn't return this"
+                f" optimizer. {_WAY_OUT}"
             )
 
 
-def _held(optimizers: Collection[Any]) -> set[int]:
+def _parameter_ids(optimizers: Collection[Any]) -> set[int]:
     return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
