@@ -10,8 +10,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from helpers import assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.plugins import MixedPrecision
+from observers import Memory
+from projects import Project
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -20,26 +22,6 @@ from lightning_diloco import Diloco, DilocoStrategy
 from lightning_diloco.engine import checkpoint as checkpoint_format
 
 SEED = 5
-
-
-class Project(Net):
-    """Dropout, BatchNorm, a schedule per step, and a journal of the batches, losses and random numbers it saw."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(dropout=0.4, **kwargs)
-        self.journal: list[Any] = []
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        return [optimizer], [{"scheduler": lr_scheduler.StepLR(optimizer, 3, 0.8), "interval": "step"}]
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        worker = getattr(self.trainer.strategy, "current_worker", None)
-        self.journal.append(
-            (self.trainer.global_step, worker, batch[0].sum().item(), loss.item(), torch.rand(()).item())
-        )
-        return loss
 
 
 class Manual(Project):
@@ -388,6 +370,8 @@ def per_kind(lr: float) -> Any:
 
 
 ADAM = torch.optim.Adam
+
+
 OTHERS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [  # what wrote the file, what resumes it, words
     (
         {},
@@ -692,8 +676,6 @@ def test_asynchronous_writing_snapshots_the_state() -> None:
 
 
 def test_the_bytes_that_callbacks_log_go_on_counting() -> None:
-    from test_logging import Memory
-
     whole = Memory()
     run({}, [], logger=whole)
     run({}, [Save("on_train_batch_end", {9})])

@@ -11,15 +11,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, loader, regression_data, trainer
+from helpers import Net, assert_equal, loader, regression_data, trainer
+from layouts import Project
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from processes import outcomes, start
-from test_processes import Project, assert_equal
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 TIMEOUT = timedelta(seconds=4)
+
+
 OF_LIGHTNINGS = r"ignore:.*(was called without a model|is set, but there is no last)"  # beside OnExceptionCheckpoint
+
+
 SLACK = 12  # seconds that a loaded machine may take beyond the timeout
 
 

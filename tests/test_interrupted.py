@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from algorithms import DataParallel
 from helpers import Net, assert_same, loader, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from test_algorithms import DataParallel
 
 from lightning_diloco import DilocoStrategy
 

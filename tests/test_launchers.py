@@ -14,6 +14,8 @@ import pytest
 import torch
 from processes import free_port
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """

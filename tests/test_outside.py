@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
-from test_weights import Probe
+from observers import Probe
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim import lr_scheduler

@@ -4,6 +4,7 @@
 """
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -424,3 +425,8 @@ def test_what_patches_backward_of_lightnings_strategy_is_obeyed(monkeypatch: Any
     monkeypatch.setattr(SingleDeviceStrategy, "backward", backward, raising=False)
     trainer(DilocoStrategy(2, 3), max_steps=2).fit(Net(), loader())
     assert len(calls) == 4
+
+
+def test_the_number_of_plain_run_set_ups_is_right() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"over {len(CASES)} set-ups" in readme.replace("\n  ", " ")
