@@ -3,11 +3,13 @@
 import hashlib
 import importlib.util
 import inspect
+import pydoc
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.utilities import model_helpers
 from processes import in_a_process
@@ -144,10 +146,30 @@ def test_the_table_of_arguments_is_complete_and_its_defaults_are_right() -> None
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
     assert [name for names, _ in rows for name in re.findall(r"`(\w+)`", names)] == list(ours)
-    said = {names.strip(" `"): default.strip(" `") for names, default in rows}
-    for name, default in ours.items():
-        if name in said and name != "algorithm":
-            assert said[name] == (f'"{default}"' if isinstance(default, str) else str(default)), name
+    words = {
+        "algorithm": "Diloco()",
+        "outer_optimizer_cls": "SGD: lr 0.7",
+        "outer_optimizer_kwargs": "Nesterov momentum 0.9",
+    }
+    for names, defaults in rows:
+        for name, said in zip(names.split(", "), defaults.replace("`", "").split(", "), strict=True):
+            name = name.strip(" `")
+            default = ours[name]
+            expected = f'"{default}"' if isinstance(default, str) else str(default)
+            assert said.strip() == words.get(name, expected), name
+
+
+def test_help_of_the_strategy_shows_users_members_first_and_no_internals() -> None:
+    users = {
+        "current_worker", "ledger", "local_steps", "local_workers", "memory_report", "num_workers", "outer_optimizer",
+        "outer_state_dict", "outer_steps", "weights", "worker_state_dict",
+    }  # fmt: skip
+    lightnings = {*dir(DDPStrategy), "cluster_environment"}
+    assert {name for name in dir(DilocoStrategy) if not name.startswith("_")} - lightnings == users
+    first = pydoc.plain(pydoc.render_doc(DilocoStrategy)).split("inherited from")[0]
+    for name in users:
+        assert re.search(rf"^ \|  {name}\b", first, re.MULTILINE), name
+        assert inspect.getdoc(getattr(DilocoStrategy, name)), name
 
 
 def test_there_are_two_commands_and_ci_runs_them() -> None:
