@@ -58,7 +58,7 @@ LAYERS = """
     state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module
     state.checks state.guard
     algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
-    engine.checkpoint engine.views engine.engine
+    engine.checkpoint engine.progress engine.views engine.engine
     arguments callback fit
     _lightning.reclassed _lightning.hooks _lightning.trainer_state _lightning.io _lightning.samplers _lightning.data
     _lightning.connectors _lightning.results _lightning.loops _lightning.installation _lightning.launching

@@ -136,7 +136,8 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             return
         trainer, fit = self.trainer, fit_of(self.trainer)
         engine, module, connector = fit.engine, trainer.lightning_module, trainer._logger_connector
-        fit.keeps_gradients = looks_at_gradients(trainer)
+        fit.keeps_gradients = fit.keeps_gradients or looks_at_gradients(trainer)
+        engine.progress.manual = not module.automatic_optimization
         fit.follow_optimizers()
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         iterator = None  # of a `training_step(self, dataloader_iter)`, which only a single worker can have
@@ -167,7 +168,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         if given:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            left = {w: b for w, b in given.items() if w not in engine.torn_step}  # all, but in a step torn by an error
+            left = {w: b for w, b in given.items() if w not in engine.progress.done}  # all, but in a torn step
             responses = self._module_hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
@@ -181,7 +182,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                     end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
                     end_hook_is_due = False
                 if self.automatic_optimization._skip_backward:
-                    engine.forget_step()  # SWA's pass for BatchNorm statistics trains nothing
+                    engine.progress.forget()  # SWA's pass for BatchNorm statistics trains nothing
                 else:
                     self._end_step()
         counted = engine.local_steps > steps_before
@@ -199,9 +200,12 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self.batch_progress.is_last_batch = data_fetcher.done
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         if end_hook_is_due:
-            with engine.counted_batch(counted):
+            engine.progress.counted = counted
+            try:
                 end_hook()
-            if engine.stepped:
+            finally:
+                engine.progress.counted = False
+            if engine.progress.stepped:
                 self._end_step()
         _obey_signals(trainer)
         connector.on_batch_end()
@@ -276,7 +280,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         }
         stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
         counters = _Counters(self.automatic_optimization, self.manual_optimization)
-        with counters.kept(lambda: set(turns) <= set(engine.torn_step)):
+        with counters.kept(lambda: set(turns) <= engine.progress.done):
             if engine.algorithm.needs_gradients and automatic and stepping:
                 outputs = self._run_after_all_backwards(turns, batch_idx, counters)
             else:
@@ -288,6 +292,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                             outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
                         else:
                             outputs[w] = self.manual_optimization.run(turns[w])
+                    engine.progress.done.add(w)
         self._results_fold()
         return outputs
 
@@ -308,6 +313,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         for w in counters.each(turns):
             with self._turn(w, turns[w].get("batch")), fit.team.computed_before():
                 loop._optimizer_step(batch_idx, closures[w])
+            engine.progress.done.add(w)
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 
     def _module_hook(

@@ -7,6 +7,7 @@ then it is pending: files and evaluations show it, and a callback that writes th
 (``replicas.py``). Imports nothing of Lightning.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -37,6 +38,7 @@ class LiveModule:
         self.is_plain_run = False
         self._published: dict[str, Tensor] = {}  # where an algorithm published something else than θ
         self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of what the last validation saw
+        self._stepped_since = False  # whether workers have stepped since that validation
         self._search = False  # whether the next look compares tensors that show no trace of writing, too
         self._remember()
 
@@ -108,6 +110,7 @@ class LiveModule:
             before = self._published.get(name, theta)
             if (self._search or self._traces.get(name) != trace) and not bitwise_equal(written, before):
                 if self._was_evaluated(name, written):
+                    self._warn_of_restore()
                     written.copy_(before)
                 else:
                     found[name] = written
@@ -129,19 +132,46 @@ class LiveModule:
         return ModelState({**state.tensors, **self.written()}, buffers)
 
     @torch.no_grad()
-    def evaluated(self, shown: ModelState) -> None:
-        """Notes the weights that a validation is about to see."""
-        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items()}
-        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers())
+    def begin_evaluation(self, shown: ModelState) -> None:
+        """Notes the weights that a validation is about to see, but for those that a callback has just written."""
+        written = self.written()
+        changed = {(i, n) for i, n, _ in self._changed_buffers(self._outer.state.buffers, self._replicas.own.buffers)}
+        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items() if n not in written}
+        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers() if key not in changed)
+        self._stepped_since = False
+
+    @torch.no_grad()
+    def end_evaluation(self, shown: ModelState, before: Buffers) -> None:
+        """Writes into the module what a validation changed that stays, as if a callback had done so after it.
+
+        That is buffers, and parameters that a callback had written before: it may have written the old values back.
+
+        Args:
+            shown: what the validation saw, as it left it.
+            before: the buffers as it found them.
+        """
+        for name, written in self.written().items():
+            if name in shown.tensors and not bitwise_equal(shown.tensors[name], written):
+                written.copy_(shown.tensors[name])
+        self._copy_changes(before, shown.buffers, [self._replicas.own])
+        self.search()
+
+    def note_steps(self) -> None:
+        """Workers have stepped."""
+        self._stepped_since = True
+
+    def _warn_of_restore(self) -> None:
+        if self._stepped_since:
+            self._stepped_since = False
+            warnings.warn(
+                "The weights that the last validation saw were written into the module some steps after it. That counts"
+                " as putting back weights that were swapped out, and changes nothing. To go back to those weights,"
+                " resume from a checkpoint: `trainer.fit(..., ckpt_path=...)`.",
+                stacklevel=2,
+            )
 
     def _was_evaluated(self, key: str | BufferKey, value: Tensor) -> bool:
         return key in self._evaluated and digest(value, None) == self._evaluated[key]
-
-    @torch.no_grad()
-    def write_buffers(self, before: Buffers, after: Buffers) -> None:
-        """Writes buffers that a validation changed into the module, as if a callback had done so after it."""
-        self._copy_changes(before, after, [self._replicas.own])
-        self.search()
 
     def _copy_changes(self, before: Buffers, after: Buffers, targets: Sequence[ModelState]) -> None:
         """Buffers of ``after`` that differ from ``before`` become the targets'."""

@@ -48,7 +48,7 @@ class InnerOptimizers:
         initial: Sequence[OptimizerState] | None = None,
     ) -> None:
         self.live = flatten_optimizers(optimizers)
-        self._schedulers = list(schedulers)
+        self._outermost, self._schedulers = list(optimizers), list(schedulers)
         self._controls: list[Groups | Schedule] = [*map(Groups, self.live), *map(Schedule, schedulers)]
         self._scaler_owner = scaler_owner
         self._streams = streams
@@ -76,14 +76,15 @@ class InnerOptimizers:
 
     def are_others(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> bool:
         """Whether these are not the live optimizers, or not the schedulers that workers step."""
-        return _differ(flatten_optimizers(optimizers), self.live) or _differ(schedulers, self._schedulers)
+        return _differ(optimizers, self._outermost) or _differ(schedulers, self._schedulers)
 
     def replace(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
         """From now on these are live: workers keep what they have of those that stay, and start the new ones afresh."""
         self.adopt_outside_changes()
         old, holders = self.live, [*self.live, *self._schedulers]
         initial = self.initial
-        self.live, self._schedulers = flatten_optimizers(optimizers), list(schedulers)
+        self.live, self._outermost = flatten_optimizers(optimizers), list(optimizers)
+        self._schedulers = list(schedulers)
         self._controls = [*map(Groups, self.live), *map(Schedule, schedulers)]
         self.initial = [
             copy_state(o.state) if (kept := _position(old, o)) is None else initial[kept] for o in self.live
