@@ -95,7 +95,8 @@ class LoaderState(TypedDict):
 class TornState(TypedDict):
     """A step that an error interrupted."""
 
-    workers: list[int]  # those that have taken the step, which isn't in local_steps
+    workers: list[int]  # those that are done with the batch, which isn't in local_steps
+    stepped: bool  # whether an optimizer has stepped in it
     outer_step: bool  # whether the outer step was under way
 
 

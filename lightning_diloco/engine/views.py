@@ -87,18 +87,19 @@ class Views:
         world = self._context.channel.world
         stream = RandomStream(derive_seed(self._seed, "evaluation", self._context.local_steps), world.device)
         self.outside_random = process_state()
+        self._live.search()  # a callback may have swapped weights in, and may put the old ones back inside
         try:
             with stream.active() if self._context.num_workers > 1 else nullcontext(), self.weights(self._which):
                 state = self._context.replicas.layout.read()
-                self._live.evaluated(state)
-                shown = state.buffers
-                before = copy_buffers(shown)
+                self._live.begin_evaluation(state)
+                before = copy_buffers(state.buffers)
                 with self._context.inner.sandbox(self._context.channel):
                     yield
-                after = [dict(own) for own in shown]
+                state = self._context.replicas.layout.read()  # a hook may have pointed parameters elsewhere
+                after = ModelState(state.tensors, [dict(buffers) for buffers in state.buffers])
         finally:
             self.outside_random = None
-        self._live.write_buffers(before, after)
+        self._live.end_evaluation(after, before)
 
     def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.

@@ -5,12 +5,14 @@ The steps of any other optimizer would not be counted, and all workers would sha
 nothing of Lightning.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.state.replicas import Layout, ModelState
@@ -24,15 +26,19 @@ _WAY_OUT = (
 class StepGuard:
     """Compares parameters around a worker's turn until a known optimizer of theirs has stepped.
 
-    An ordinary fit compares around the first turn only.
+    That is the first turn of an ordinary fit; from then on nothing is compared. A parameter that never had a gradient
+    may move: target networks, averages of weights and codebooks are written by hand.
     """
 
     def __init__(self) -> None:
         self._stepped: dict[int, Any] = {}  # id → known optimizer that has stepped
         self._layout: Layout | None = None
-        self._unproven: list[str] = []  # trainable parameters of no stepped optimizer
+        self._unproven: list[str] = []  # trainable parameters that none of them holds
+        self._had_gradient: set[int] = set()  # ids of unproven parameters
+        self._watches: list[RemovableHandle] = []
         self._before: dict[str, Tensor] = {}
-        self._moved: dict[str, str] = {}  # parameter → error, if its optimizer doesn't step in this batch
+        self._moved: dict[str, str] = {}  # parameter → error, where its optimizer may still be about to step
+        self._written: str | None = None  # error about a parameter that moved without a gradient
         self._foreign: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # unknown optimizer → turn of its latest step
 
     def stepped(self, optimizer: Any) -> None:
@@ -46,6 +52,12 @@ class StepGuard:
         self._stepped.clear()
         self._layout = None
 
+    def close(self) -> None:
+        """Training is over."""
+        for watch in self._watches:
+            watch.remove()
+        self._watches = []
+
     @torch.no_grad()
     def begin_turn(self, layout: Layout, state: ModelState, theta: Mapping[str, Tensor]) -> None:
         """Before a worker's turn.
@@ -57,10 +69,24 @@ class StepGuard:
         """
         if self._unproven or self._layout is not layout:
             proven = _parameter_ids(self._stepped.values())
-            self._layout = layout
-            self._unproven = [n for n in layout.trainable if id(layout.parameters[n]) not in proven]
+            unproven = [n for n in layout.trainable if id(layout.parameters[n]) not in proven]
+            if self._layout is not layout or unproven != self._unproven:
+                self._layout, self._unproven = layout, unproven
+                self._watch([layout.parameters[n] for n in unproven])
         values = ((n, state.tensors[n]) for n in self._unproven)
         self._before = {n: theta[n] if bitwise_equal(t, theta[n]) else t.clone() for n, t in values}
+
+    def _watch(self, parameters: Iterable[Tensor]) -> None:
+        """Notes which parameters get a gradient: an optimizer may have cleared it when the turn is over."""
+        self.close()
+        for p in parameters:
+            if p.requires_grad:
+                key = id(p)
+                note = partial(self._note_gradient, key)
+                self._watches.append(p.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
+
+    def _note_gradient(self, key: int, _: Tensor) -> None:
+        self._had_gradient.add(key)
 
     @torch.no_grad()
     def end_turn(self, layout: Layout, state: ModelState, known: Collection[Any], where: str) -> None:
@@ -73,11 +99,12 @@ class StepGuard:
             where: the turn, in words that complete "moved in …".
 
         Raises:
-            RuntimeError: a trainable parameter has moved that is in no known optimizer.
+            RuntimeError: a parameter that had a gradient has moved, and no known optimizer holds it; or one has moved
+                and there is no known optimizer.
         """
         if not self._before:
             return
-        proven, optimized = _parameter_ids(self._stepped.values()), _parameter_ids(known)
+        proven, steppable = _parameter_ids(self._stepped.values()), _parameter_ids(known)
         for name, before in self._before.items():
             key = id(layout.parameters[name])
             if key in proven or bitwise_equal(state.tensors[name], before):
@@ -87,10 +114,13 @@ class StepGuard:
                 f" stepped. {_WAY_OUT} If the parameter is not trained by gradients (an EMA teacher, a codebook), set"
                 " `requires_grad_(False)` on it."
             )
-            if key not in optimized:
+            trained = key in self._had_gradient
+            if not known or (trained and key not in steppable):
                 raise RuntimeError(message)
-            # an optimizer that has the parameter may step after this turn: end_batch decides
-            self._moved.setdefault(name, message)
+            if trained:
+                self._moved.setdefault(name, message)
+            else:
+                self._written = self._written or message
         self._before = {}
 
     def end_batch(self, layout: Layout, waiting: Collection[Any] = ()) -> None:
@@ -112,22 +142,97 @@ class StepGuard:
         if not waiting:
             self._moved.clear()
 
-    def foreign_step(self, optimizer: Any, layout: Layout, turn: Any) -> None:
-        """An optimizer that is not known has stepped in a worker's turn (``turn``: worker and step).
-
-        An optimizer that is made anew for every turn, as in meta-learning, is allowed.
+    def end_epoch(self, layout: Layout) -> None:
+        """After an epoch.
 
         Raises:
-            RuntimeError: the optimizer trains parameters of the module, and has stepped in another turn, too.
+            RuntimeError: as :meth:`end_batch`; or parameters have moved, and no known optimizer has ever stepped.
         """
+        self.end_batch(layout)
+        if self._written is not None and not self._stepped:
+            raise RuntimeError(self._written)
+        self._written = None
+
+    def foreign_step(self, optimizer: Any, layout: Layout, turn: Any) -> None:
+        """An optimizer that Lightning doesn't know stepped in a worker's turn.
+
+        An optimizer that is made anew for every turn, as in meta-learning, or that keeps no state, is the project's
+        business.
+
+        Args:
+            optimizer: the unknown optimizer.
+            layout: the module's layout.
+            turn: which worker's, at which step.
+
+        Raises:
+            RuntimeError: it has stepped parameters of the module in another turn, too, and keeps state.
+        """
+        if not any(optimizer.state.values()):
+            return
         if not _parameter_ids([optimizer]) & {id(p) for p in layout.everything}:
             return
         if self._foreign.setdefault(optimizer, turn) != turn:
             raise RuntimeError(
                 f"{type(optimizer).__name__} steps parameters of {type(layout.module).__name__} in the turns of several"
-                " workers, which would share the optimizer's state, but `configure_optimizers` doesn't return this"
-                f" optimizer. {_WAY_OUT}"
+                " workers, which would share its state, but it is none of the optimizers that `configure_optimizers`"
+                f" returns. {_WAY_OUT} Or make the optimizer anew in every step."
             )
+
+
+class AttributeGuard:
+    """Finds optimizers that keep state in attributes, which the workers of a process would share.
+
+    Workers swap ``Optimizer.state`` and ``param_groups``. Tensors elsewhere (``self.slow_weights = [...]``) are found
+    when a step changes them.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[dict[str, Any]] = []
+
+    def begin_turn(self, optimizers: Sequence[Any]) -> None:
+        """Before a worker's turn."""
+        self._before = [_attribute_traces(o) for o in optimizers]
+
+    def end_turn(self, optimizers: Sequence[Any]) -> None:
+        """After a worker's turn.
+
+        Raises:
+            RuntimeError: a tensor in an attribute has changed.
+        """
+        for optimizer, before in zip(optimizers, self._before, strict=False):
+            for name, traces in _attribute_traces(optimizer).items():
+                if before.get(name) != traces:
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} keeps tensors that its step changes in its attribute `{name}`,"
+                        " which all workers of a process would share. Keep them in `state`, as torch's optimizers do:"
+                        " there each worker has its own."
+                    )
+
+
+_BASE_ATTRIBUTES = {*vars(torch.optim.SGD([torch.zeros(1)], lr=1.0)), "_zero_grad_profile_name"}
+
+
+def _attribute_traces(optimizer: Any) -> dict[str, list[tuple[int, int]]]:
+    """Attribute → (identity, version) of each tensor in it that is no parameter."""
+    further = {n: v for n, v in vars(optimizer).items() if n not in _BASE_ATTRIBUTES and isinstance(v, _HOLDERS)}
+    if not further:
+        return {}
+    parameters = _parameter_ids([optimizer])
+    return {
+        name: [(id(t), t._version) for t in _tensors_in(value) if id(t) not in parameters]
+        for name, value in further.items()
+    }
+
+
+_HOLDERS = (Tensor, list, tuple, dict)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, _HOLDERS):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
 
 
 def _parameter_ids(optimizers: Collection[Any]) -> set[int]:

@@ -7,6 +7,7 @@ pending: files and evaluations contain it, and a callback that restores the prev
 (``replicas.py``). Imports nothing of Lightning.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -36,6 +37,7 @@ class LiveModule:
         self.is_plain_run = False
         self._published: dict[str, Tensor] = {}  # published values other than θ's
         self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of the last validation's weights
+        self._stepped_since = False  # whether workers have stepped since the last validation
         self._search = False  # whether the next comparison includes tensors without a trace of writing
         self._remember()
 
@@ -110,6 +112,7 @@ class LiveModule:
                 # During validation the module shows the mean, not θ. A callback that saved the weights then and loads
                 # them now means to restore the module, not to replace every replica by the mean.
                 if self._was_evaluated(name, written):
+                    self._warn_of_restore()
                     written.copy_(before)
                 else:
                     found[name] = written
@@ -131,19 +134,48 @@ class LiveModule:
         return ModelState({**state.tensors, **self.written()}, buffers)
 
     @torch.no_grad()
-    def evaluated(self, shown: ModelState) -> None:
-        """Remembers the weights that a validation is about to see."""
-        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items()}
-        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers())
+    def begin_evaluation(self, shown: ModelState) -> None:
+        """Notes the weights that a validation is about to see, but for those that a callback has just written."""
+        written = self.written()
+        changed = {
+            (i, n) for i, n, _ in self._changed_buffers(self._outer.state.buffers, self._replicas.module_state.buffers)
+        }
+        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items() if n not in written}
+        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers() if key not in changed)
+        self._stepped_since = False
+
+    @torch.no_grad()
+    def end_evaluation(self, shown: ModelState, before: Buffers) -> None:
+        """Writes into the module what a validation changed that stays, as if a callback had done so after it.
+
+        That is buffers, and parameters that a callback had written before: it may have written the old values back.
+
+        Args:
+            shown: what the validation saw, as it left it.
+            before: the buffers as it found them.
+        """
+        for name, written in self.written().items():
+            if name in shown.tensors and not bitwise_equal(shown.tensors[name], written):
+                written.copy_(shown.tensors[name])
+        self._copy_changes(before, shown.buffers, [self._replicas.module_state])
+        self.search()
+
+    def note_steps(self) -> None:
+        """Workers have stepped."""
+        self._stepped_since = True
+
+    def _warn_of_restore(self) -> None:
+        if self._stepped_since:
+            self._stepped_since = False
+            warnings.warn(
+                "The weights that the last validation saw were written into the module some steps after it. That counts"
+                " as putting back weights that were swapped out, and changes nothing. To go back to those weights,"
+                " resume from a checkpoint: `trainer.fit(..., ckpt_path=...)`.",
+                stacklevel=2,
+            )
 
     def _was_evaluated(self, key: str | BufferKey, value: Tensor) -> bool:
         return key in self._evaluated and digest(value, None) == self._evaluated[key]
-
-    @torch.no_grad()
-    def write_buffers(self, before: Buffers, after: Buffers) -> None:
-        """Writes a validation's changes of buffers into the module, as outside changes after the validation."""
-        self._copy_changes(before, after, [self._replicas.module_state])
-        self.search()
 
     def _copy_changes(self, before: Buffers, after: Buffers, targets: Sequence[ModelState]) -> None:
         """Writes buffers of ``after`` that differ from ``before`` into the targets, and removes missing ones."""

@@ -50,7 +50,7 @@ class InnerOptimizers:
         initial: Sequence[OptimizerState] | None = None,
     ) -> None:
         self.live = flatten_optimizers(optimizers)
-        self._schedulers = list(schedulers)
+        self._outermost, self._schedulers = list(optimizers), list(schedulers)
         self._controls: list[Groups | Schedule] = [*map(Groups, self.live), *map(Schedule, schedulers)]
         self._scaler_owner = scaler_owner
         self._streams = streams
@@ -78,13 +78,14 @@ class InnerOptimizers:
 
     def are_others(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> bool:
         """Whether these differ from the live optimizers, or from the schedulers that workers step."""
-        return _differ(flatten_optimizers(optimizers), self.live) or _differ(schedulers, self._schedulers)
+        return _differ(optimizers, self._outermost) or _differ(schedulers, self._schedulers)
 
     def replace(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
         """Makes these live: workers keep their states of optimizers that stay, and start new optimizers afresh."""
         self.adopt_outside_changes()
         old, initial, holders = self.live, self.initial, [*self.live, *self._schedulers]
-        self.live, self._schedulers = flatten_optimizers(optimizers), list(schedulers)
+        self.live, self._outermost = flatten_optimizers(optimizers), list(optimizers)
+        self._schedulers = list(schedulers)
         self._controls = [*map(Groups, self.live), *map(Schedule, schedulers)]
         kept = [(o, _position(old, o)) for o in self.live]
         self.initial = [copy_state(o.state) if i is None else initial[i] for o, i in kept]

@@ -40,7 +40,10 @@ def flatten_optimizers(optimizers: Sequence[Any]) -> list[Any]:
         optimizer = queue.pop(0)
         if all(optimizer is not known for known in found):
             found.append(optimizer)
-            queue += [v for v in vars(optimizer).values() if isinstance(v, Optimizer)]
+            for value in vars(optimizer).values():
+                several = isinstance(value, (list, tuple, dict))
+                values = [value] if not several else value.values() if isinstance(value, dict) else value
+                queue += [v for v in values if isinstance(v, Optimizer)]
     return found
 
 
