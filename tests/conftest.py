@@ -14,7 +14,7 @@ for name in ("lightning.pytorch", "lightning.fabric"):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of others' projects run only where ``-m`` names them. (An ``-m`` in ``addopts`` would yield to any other.)"""
+    """Tests of others' projects run only where ``-m`` names them. An ``-m`` in ``addopts`` would yield to any other."""
     if "third_party" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("third_party")]
         config.hook.pytest_deselected(items=left_out)

@@ -264,9 +264,9 @@ def test_processes_that_cannot_share_the_workers_evenly_are_refused_by_the_train
 
 
 def test_synchronised_batch_norm_is_refused_for_several_workers() -> None:
-    with pytest.raises(MisconfigurationException, match=r"^`Trainer\(sync_batchnorm=True\)` makes workers share each"):
+    with pytest.raises(MisconfigurationException, match=r"^`Trainer\(sync_batchnorm=True\)` averages each batch"):
         trainer(DilocoStrategy(num_nodes=2), sync_batchnorm=True)
-    trainer(DilocoStrategy(num_nodes=1), sync_batchnorm=True)  # as without meaning as under "auto"
+    trainer(DilocoStrategy(num_nodes=1), sync_batchnorm=True)  # no effect in one process, as under "auto"
 
 
 def test_the_outer_defaults_are_the_papers_for_sgd_and_its_own_for_another_class() -> None:

@@ -225,6 +225,7 @@ if __name__ == "__main__":  # so that spawned processes, which read this file, t
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.usefixtures("_package")
 @pytest.mark.parametrize("method", ["popen", "spawn"])

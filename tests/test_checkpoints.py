@@ -131,7 +131,10 @@ def run(setting: dict[str, Any], callbacks: list[Any], ckpt_path: Any = None, se
     return everything(t, module, draws), module.journal, draws.draws
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+LONG = ("two workers", "processes")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SETTINGS])
 def test_interrupted_is_uninterrupted(name: str) -> None:
     setting = SETTINGS[name]
     hook = "on_validation_end" if name == "validation" else "on_train_batch_end"

@@ -73,6 +73,7 @@ class Save(L.Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "last.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("what", [die, hang])
 def test_the_others_end_in_time_and_name_the_process(what: Any, rank: int, tmp_path: Path) -> None:
@@ -253,6 +254,7 @@ def test_a_value_that_one_process_logs_is_named(tmp_path: Path) -> None:
         assert "process 0 is at a reduction of what is logged as training_step.alone with sync_dist=True;" in error
 
 
+@pytest.mark.slow
 def test_a_process_that_is_long_over_the_end_spoils_nothing(tmp_path: Path) -> None:
     class Late(L.Callback):
         def on_train_end(self, trainer, pl_module):

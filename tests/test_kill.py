@@ -80,6 +80,7 @@ def run(how: str, rng: random.Random) -> bool:
     return child.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exception"])
 def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "undisturbed").mkdir()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import free_port
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 

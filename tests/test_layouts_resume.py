@@ -12,7 +12,7 @@ from processes import run
 
 from lightning_diloco import DilocoStrategy
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 class Save(L.Callback):

@@ -138,12 +138,12 @@ def test_partition_of_one_worker():
 
 
 NEEDS = (
-    " Pass a DataLoader over a dataset with `__len__` and `__getitem__` and without a sampler of its own, or drop"
+    " Pass a DataLoader over a dataset with `__len__` and `__getitem__` and without a custom sampler, or drop"
     " `partition`."
 )
 
 
-DEALS = "`partition` deals the indices of a map-style dataset, but "
+DEALS = "`partition` shards the indices of a map-style dataset, but "
 
 
 @pytest.mark.parametrize(
@@ -191,20 +191,20 @@ def test_a_wrong_partition_is_an_error(parts, message):
         (lambda: Rows(20), "the loader is a Rows, a stream."),
         (
             lambda: DataLoader(Numbers(20), 4, sampler=Weighted(torch.ones(20), 20)),
-            "the loader has a Weighted of its own.",
+            "the loader has a custom Weighted.",
         ),
-        (lambda: DataLoader(Numbers(20), None, sampler=Lazy(20)), "the loader has a Lazy of its own."),
+        (lambda: DataLoader(Numbers(20), None, sampler=Lazy(20)), "the loader has a custom Lazy."),
         (
             lambda: DataLoader(Numbers(20), 4, sampler=Repeated(Numbers(20), replacement=True)),
-            "the loader has a Repeated of its own.",
+            "the loader has a custom Repeated.",
         ),
         (
             lambda: DataLoader(Numbers(20), batch_sampler=Ragged(SequentialSampler(Numbers(20)), 4, False)),
-            "the loader has a Ragged of its own.",
+            "the loader has a custom Ragged.",
         ),
         (
             lambda: DataLoader(Numbers(20), 4, sampler=DistributedSampler(Numbers(20), 1, 0)),
-            "the loader has a DistributedSampler of its own.",
+            "the loader has a custom DistributedSampler.",
         ),
     ],
 )

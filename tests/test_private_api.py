@@ -1,9 +1,15 @@
 """Is every use of Lightning's private API in one place, and does it fail loudly when Lightning changes?"""
 
 import ast
+import re
+import sys
+from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import lightning
 import pytest
 from helpers import Net, loader, trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -11,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_diloco
 from lightning_diloco import DilocoStrategy
-from lightning_diloco._lightning import installation, loops
+from lightning_diloco._lightning import loops, surface
 
 PACKAGE = Path(lightning_diloco.__file__).parent
 MAY_IMPORT_LIGHTNING = {"strategy.py", "fit.py", "callback.py", "__init__.py", "__main__.py", "as_pytorch_lightning.py"}
@@ -60,9 +66,11 @@ LAYERS = """
     algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
     engine.checkpoint engine.views engine.engine
     arguments callback fit
-    _lightning.reclassed _lightning.hooks _lightning.trainer_state _lightning.io _lightning.samplers _lightning.data
-    _lightning.connectors _lightning.results _lightning.loops _lightning.installation _lightning.launching
-    _lightning.trainers _lightning.process _lightning.team _lightning.fitting
+    _lightning.reclassed _lightning.surface _lightning.hooks _lightning.trainer_state _lightning.io _lightning.rounds
+    _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data
+    _lightning.connectors _lightning.results _lightning.turns _lightning.loops _lightning.installation
+    _lightning.launching _lightning.trainers _lightning.ranks _lightning.process _lightning.collectives _lightning.team
+    _lightning.fitting
     strategy
     simulator.metrics simulator.module simulator.callback simulator.facade simulator
     lightning_diloco as_pytorch_lightning __main__
@@ -88,18 +96,137 @@ def test_every_module_imports_only_modules_before_it() -> None:
     assert seen == set(rank)
 
 
+OURS = {  # private names of ours that Lightning's sources happen to have, too
+    "_batches", "_connector", "_loader", "_lock", "_log", "_prefix", "_rank", "_sampler", "_start_method", "_sync",
+    "_timeout", "_trace",
+}  # fmt: skip
+IN_THE_TABLES = {name for _, name in surface.SIGNATURES} | {
+    name for names in (*surface.ATTRIBUTES.values(), *surface.EXAMPLES.values(), surface.OF_MODULES) for name in names
+}
+
+
+def private_names(path: Path) -> tuple[set[str], set[str]]:
+    """Private names that a file uses on objects or imports as functions, and those that it defines."""
+    used, defined = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+            if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                defined.add(node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            used.add(node.name)  # which may override
+            defined.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            used.add(node.target.id)
+            defined.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            used |= set() if node.value.endswith("_") else {node.value}  # getattr's and the like; not prefixes
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_diloco"):
+            functions = {alias.name for alias in node.names if alias.name.islower()}
+            used |= functions if "._" in (node.module or "") else {f for f in functions if f.startswith("_")}
+    return {n for n in used if n[:2] != "__"}, defined
+
+
+def adapters() -> list[Path]:
+    return [path for path in sorted((PACKAGE / "_lightning").glob("*.py")) if path.name != "surface.py"]
+
+
+def test_every_private_name_in_use_is_in_the_tables() -> None:
+    of_lightning: set[str] = set()
+    for part in ("pytorch", "fabric"):
+        for path in Path(lightning.__file__).parent.joinpath(part).rglob("*.py"):
+            of_lightning |= set(re.findall(r"\b_[A-Za-z]\w*", path.read_text()))
+    defined = set().union(*(private_names(path)[1] for path in PACKAGE.rglob("*.py")))
+    for path in adapters():
+        private = {n for n in private_names(path)[0] if n.startswith("_")}
+        missing = {n for n in private if n in of_lightning or n not in defined} - IN_THE_TABLES - OURS - {"_exit"}
+        assert not missing, f"{path.name} uses {missing}; add them to surface.py"
+
+
+def test_every_name_in_the_tables_is_in_use() -> None:
+    used = set().union(*(private_names(path)[0] for path in adapters()))
+    assert not IN_THE_TABLES - used
+    assert not OURS - used
+
+
+def connected() -> tuple[Net, Any]:
+    model, t = Net(), trainer(DilocoStrategy(num_nodes=2), max_steps=1)
+    model.trainer = t
+    return model, t
+
+
 def test_the_installed_lightning_is_the_one_this_was_written_for() -> None:
-    installation.verify()
+    surface.verify(connected()[0])
 
 
-@pytest.mark.parametrize(("owner", "method"), installation._SIGNATURES)
-def test_a_changed_or_missing_private_method_is_named(owner: type, method: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(owner, method, lambda self, something_new: None)
-    with pytest.raises(RuntimeError) as caught:
-        trainer(DilocoStrategy(num_nodes=2), max_steps=1).fit(Net(), loader())
-    assert f"has changed `{owner.__name__}.{method}`: expected the parameters" in str(caught.value)
+@pytest.mark.parametrize(
+    ("owner", "name"), surface.SIGNATURES, ids=[f"{owner.__name__}.{name}" for owner, name in surface.SIGNATURES]
+)
+def test_a_changed_private_function_is_named(owner: Any, name: str, monkeypatch: Any) -> None:
+    model, t = connected()
+    with monkeypatch.context() as patch:  # Lightning's handling of the error calls some of these functions
+        patch.setattr(owner, name, lambda self, something_new: None)
+        with pytest.raises(RuntimeError) as caught:
+            surface.verify(model) if isinstance(owner, ModuleType) else t.fit(model, loader())
+    assert f"has changed `{owner.__name__}.{name}`: expected the parameters" in str(caught.value)
     assert "found ('self', 'something_new')" in str(caught.value)
-    assert "needs lightning>=2.6,<2.7" in str(caught.value)
+    package = (owner if isinstance(owner, ModuleType) else sys.modules[owner.__module__]).__name__.split(".")[0]
+    assert f"needs {package}>=2." in str(caught.value)
+
+
+@pytest.mark.parametrize(("place", "name"), [(p, n) for p, names in surface.ATTRIBUTES.items() for n in names])
+def test_a_missing_private_attribute_of_the_trainer_is_named(place: str, name: str, monkeypatch: Any) -> None:
+    model, _ = connected()
+    holder = attrgetter(place)(model)
+    remove(holder, name, monkeypatch)
+    with pytest.raises(RuntimeError) as caught:
+        surface.verify(model)
+    assert str(caught.value) == missing_attribute(type(holder), name)
+
+
+@pytest.mark.parametrize(("make", "name"), [(m, n) for m, names in surface.EXAMPLES.items() for n in names])
+def test_a_missing_private_attribute_of_what_a_run_makes_is_named(make: Any, name: str, monkeypatch: Any) -> None:
+    model, _ = connected()
+    holder = make()
+    remove(holder, name, monkeypatch)
+    monkeypatch.setattr(surface, "EXAMPLES", {lambda: holder: surface.EXAMPLES[make]})
+    with pytest.raises(RuntimeError) as caught:
+        surface.verify(model)
+    assert str(caught.value) == missing_attribute(type(holder), name)
+
+
+def test_a_module_without_a_trainer_attribute_is_named() -> None:
+    model, _ = connected()
+    del model._trainer
+    with pytest.raises(RuntimeError, match="has changed `LightningModule`: it has no attribute `_trainer`"):
+        surface.verify(model)
+
+
+def remove(holder: Any, name: str, monkeypatch: Any) -> None:
+    """Takes an attribute from an object, or from its class."""
+    if name in vars(holder):
+        del vars(holder)[name]
+    for cls in type(holder).__mro__:
+        if name in vars(cls):
+            monkeypatch.delattr(cls, name)
+
+
+def missing_attribute(owner: type, name: str) -> str:
+    package, needs = ("torch", ">=2.4") if owner.__module__.startswith("torch.") else ("lightning", ">=2.6,<2.7")
+    return (
+        f"{package} {metadata.version(package)} has changed `{owner.__name__}`: it has no attribute `{name}`."
+        f" lightning_diloco works inside Lightning's loops and needs {package}{needs}; install that, or a"
+        " lightning_diloco made for yours."
+    )
+
+
+def test_a_fit_checks_before_it_trains() -> None:
+    model, t = Net(), trainer(DilocoStrategy(num_nodes=2), max_steps=1)
+    del t.fit_loop.epoch_loop._warning_cache
+    with pytest.raises(RuntimeError, match="`_TrainingEpochLoop`: it has no attribute `_warning_cache`"):
+        t.fit(model, loader())
 
 
 def test_replaced_loops_are_refused() -> None:

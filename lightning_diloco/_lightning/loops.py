@@ -9,8 +9,8 @@ strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFe
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
-from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -30,15 +29,12 @@ from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import DilocoSignalConnector
 from lightning_diloco._lightning.data import is_sharded, set_epoch, show_first_workers, split_batch
-from lightning_diloco._lightning.hooks import does_something, looks_at_gradients, rank_of
+from lightning_diloco._lightning.hooks import looks_at_gradients
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
 from lightning_diloco._lightning.trainer_state import logging_step, overfits, uses_distributed_sampler
+from lightning_diloco._lightning.turns import Outputs, WorkerTurns, fit_of
 from lightning_diloco.fit import Fit
-
-Outputs = dict[str, Any]
-
-_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class DilocoFitLoop(Reclassed, _FitLoop):
@@ -136,6 +132,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             return
         trainer, fit = self.trainer, fit_of(self.trainer)
         engine, module, connector = fit.engine, trainer.lightning_module, trainer._logger_connector
+        turns = WorkerTurns(self)
         fit.keeps_gradients = looks_at_gradients(trainer)
         fit.follow_optimizers()
         # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
@@ -150,7 +147,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self.batch_progress.is_last_batch = data_fetcher.done
             workers, combined = engine.local_workers, data_fetcher.combined_loader
             # what no loader was sharded for is handed through untouched
-            batches = self._transfer(split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched})
+            batches = turns.transfer(split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched})
             given = {w: batch for w, batch in batches.items() if batch is not None}
         batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
         self.batch_progress.increment_ready()
@@ -161,14 +158,14 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         end_hook_is_due, steps_before = True, engine.local_steps
 
         def end_hook() -> None:
-            self._module_hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
+            turns.hook("on_train_batch_end", batches, lambda w: (outputs.get(w), batches[w], batch_idx))
 
         if len(given) < len(batches):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         if given:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
             left = {w: b for w, b in given.items() if w not in engine.torn_step}  # all, but in a step torn by an error
-            responses = self._module_hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
+            responses = turns.hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
             if end_of_epoch:
@@ -176,7 +173,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             else:
                 self.batch_progress.increment_started()
                 with trainer.profiler.profile("run_training_batch"):
-                    outputs = self._run_workers(left, batch_idx, iterator)
+                    outputs = turns.run(left, batch_idx, iterator)
                 if not module.automatic_optimization and engine.num_workers > 1:
                     end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
                     end_hook_is_due = False
@@ -241,109 +238,6 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         self.val_loop.restarting = False
         return False
 
-    def _transfer(self, batches: dict[int, Any]) -> dict[int, Any]:
-        """Moves each worker's batch to the device, in the worker's turn if the project takes part in that."""
-        trainer = self.trainer
-        module = trainer.lightning_module
-        owners = [o for o in (module, trainer.datamodule) if o is not None]
-        in_turn = any(does_something(o, hook) for hook in _TRANSFER_HOOKS for o in owners)
-
-        def move(batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-
-        if not in_turn:
-            return {w: move(batch) for w, batch in batches.items()}
-        moved = {}
-        for w, batch in batches.items():
-            with self._turn(w, batch):
-                moved[w] = move(batch)
-        self._results_fold()
-        return moved
-
-    def _run_workers(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
-        """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
-        engine = fit_of(self.trainer).engine
-        automatic = self.trainer.lightning_module.automatic_optimization
-        active = engine.algorithm.active(engine.local_steps + 1)
-        turns = {
-            w: OrderedDict(any=iterator)
-            if iterator is not None
-            else self._build_kwargs(OrderedDict(), batch, batch_idx)
-            for w, batch in batches.items()
-            if w in active
-        }
-        stepping = not self._should_accumulate() and not self.automatic_optimization._skip_backward
-        counters = _Counters(self.automatic_optimization, self.manual_optimization)
-        with counters.kept(lambda: set(turns) <= set(engine.torn_step)):
-            if engine.algorithm.needs_gradients and automatic and stepping:
-                outputs = self._run_after_all_backwards(turns, batch_idx, counters)
-            else:
-                outputs = {}
-                for w in counters.each(turns):
-                    with self._turn(w, batches[w]):
-                        if automatic:
-                            optimizer = self.trainer.optimizers[0]
-                            outputs[w] = self.automatic_optimization.run(optimizer, batch_idx, turns[w])
-                        else:
-                            outputs[w] = self.manual_optimization.run(turns[w])
-        self._results_fold()
-        return outputs
-
-    def _run_after_all_backwards(
-        self, turns: Mapping[int, Any], batch_idx: int, counters: "_Counters"
-    ) -> dict[int, Outputs]:
-        """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
-        fit, loop = fit_of(self.trainer), self.automatic_optimization
-        engine, parameters = fit.engine, self.trainer.lightning_module.parameters
-        closures: dict[int, _Finished] = {}
-        for w in counters.each(turns):
-            with self._turn(w, turns[w].get("batch"), keep_gradients=True):
-                closure = loop._make_closure(turns[w], self.trainer.optimizers[0], batch_idx)
-                with fit.team.one_pass(parameters()):
-                    closures[w] = _Finished(closure())
-                closures[w].output = closure.consume_result().asdict()
-        engine.before_inner_steps()
-        for w in counters.each(turns):
-            with self._turn(w, turns[w].get("batch")), fit.team.computed_before():
-                loop._optimizer_step(batch_idx, closures[w])
-        return {w: {} if c.loss is None else c.output for w, c in closures.items()}
-
-    def _module_hook(
-        self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]
-    ) -> list[Any]:
-        """A hook of the LightningModule, once per worker in its turn, as on every rank under DDP."""
-        trainer = self.trainer
-        if not does_something(trainer.lightning_module, name):
-            return []
-        responses = []
-        for w, batch in batches.items():
-            with self._turn(w, batch):
-                responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
-        self._results_fold()
-        return responses
-
-    @contextmanager
-    def _turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:
-        fit = fit_of(self.trainer)
-        connector, results = self.trainer._logger_connector, self._results
-        assert isinstance(results, WorkerResults)
-        first_iteration = connector._first_loop_iter
-        if first_iteration and worker != fit.engine.local_workers[0]:
-            connector._first_loop_iter = False  # else the first log() of a hook drops the values of the workers before
-        keep = keep_gradients or self._should_accumulate() or fit.keeps_gradients
-        try:
-            with rank_of(worker), results.turn(worker, batch), fit.engine.turn(worker, keep_gradients=keep):
-                yield
-                fit.follow_optimizers()  # which is refused here
-        finally:
-            connector._first_loop_iter = first_iteration
-
-    def _results_fold(self) -> None:
-        assert isinstance(self._results, WorkerResults)
-        self._results.fold()
-
 
 class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
     """Automatic optimization, in which a worker may leave out a step wherever it is hosted."""
@@ -373,73 +267,6 @@ class DilocoValidationLoop(Reclassed, _EvaluationLoop):
     def _evaluation_step(self, *args: Any, **kwargs: Any) -> None:
         super()._evaluation_step(*args, **kwargs)
         _obey_signals(self.trainer)
-
-
-class _Counters:
-    """Lightning's progress counters in one step, which move once although every worker steps.
-
-    Args:
-        automatic: the loop that counts under automatic optimization.
-        manual: the one under manual optimization.
-    """
-
-    def __init__(self, automatic: _AutomaticOptimization, manual: _ManualOptimization) -> None:
-        progress = automatic.optim_progress.optimizer
-        pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
-        self._trackers: list[Any] = [tracker for pair in pairs for tracker in (pair.total, pair.current)]
-        self._before = self._read()
-        self._after: list[dict[str, int]] | None = None
-
-    def each(self, turns: Iterable[int]) -> Iterator[int]:
-        """The workers in order, each of which finds the counters as the first one did."""
-        for i, w in enumerate(turns):
-            if i:
-                self._after = self._after or self._read()
-                self._write(self._before)
-            yield w
-
-    @contextmanager
-    def kept(self, all_stepped: Callable[[], bool]) -> Iterator[None]:
-        """An error inside leaves the counters as before the step, or after it if all workers have stepped.
-
-        A run that resumes from a file saved then finishes the step, and counts it once.
-        """
-        try:
-            yield
-        except BaseException:
-            if not all_stepped():
-                self._write(self._before)
-            elif self._after is not None:
-                self._write(self._after)
-            raise
-
-    def _read(self) -> list[dict[str, int]]:
-        return [dict(vars(tracker)) for tracker in self._trackers]
-
-    def _write(self, values: Sequence[Mapping[str, int]]) -> None:
-        for tracker, saved in zip(self._trackers, values, strict=True):
-            vars(tracker).update(saved)
-
-
-class _Finished:
-    """A closure whose forward and backward are done: calling it returns the loss."""
-
-    def __init__(self, loss: torch.Tensor | None) -> None:
-        self.loss = loss
-        self.output: Outputs = {}
-
-    def __call__(self, *_: Any, **__: Any) -> torch.Tensor | None:
-        return self.loss
-
-
-# -------------------------------------------------------------------------------------------- small trainer_state
-
-
-def fit_of(trainer: Trainer) -> Fit:
-    """The fit that ``trainer`` runs."""
-    strategy: Any = trainer.strategy
-    assert isinstance(strategy._fit, Fit)
-    return strategy._fit
 
 
 def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:

@@ -1,13 +1,7 @@
-"""One process or many: everything that Lightning wants to know about processes, and nothing about DiLoCo.
+"""How a run of one process or many begins and ends: launcher, torch's process group, the module on the device.
 
-Owns ranks and devices, torch's process group, and what ``sync_dist`` and ``barrier`` do. Does not own who hosts which
-worker (``world.py``), how processes begin and end (``launching.py``), nor the gradients of a worker that has several of
-them (``team.py``).
-
-The base is Lightning's strategy for a single device, with the surface of its parallel strategies added: Lightning
-refuses ``torch.compile``d modules under other classes, refuses parallel strategies on any Mac with MPS, and counts
-subclasses of its DDP strategy as distributed even in one process. It looks for these attributes by name, which is its
-way of supporting foreign strategies.
+Does not own the launchers (``launching.py``), the collectives in between (``collectives.py``), which process hosts
+which worker (``comm/world.py``), nor the gradients of a worker that has several processes (``team.py``).
 """
 
 import atexit
@@ -21,11 +15,9 @@ from weakref import WeakSet
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
-    _all_gather_ddp_if_available,
     _destroy_dist_connection,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
-    _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
@@ -34,43 +26,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import install_connectors, uninstall_connectors
 from lightning_diloco._lightning.launching import CopyLauncher, ScriptLauncher, watch_parent
-from lightning_diloco._lightning.trainers import SharedStrategy
+from lightning_diloco._lightning.ranks import RankedStrategy
 from lightning_diloco.arguments import StartMethod
 from lightning_diloco.comm.world import World, check_layout
 from lightning_diloco.fit import Fit
 
 
-class _Assignable:
-    """A number that the processes give, unless somebody assigns one: Lightning's single-device strategy has attributes.
-
-    What is assigned is what others read; the strategy itself goes by its processes.
-    """
-
-    def __init__(self, number: Callable[["ProcessStrategy"], int]) -> None:
-        self._number = number
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._key = f"_assigned_{name}"
-
-    def __get__(self, strategy: Any, owner: type | None = None) -> Any:
-        if strategy is None:
-            return self
-        return vars(strategy)[self._key] if self._key in vars(strategy) else self._number(strategy)
-
-    def __set__(self, strategy: Any, number: int) -> None:
-        vars(strategy)[self._key] = number
-
-    def __delete__(self, strategy: Any) -> None:
-        del vars(strategy)[self._key]
-
-
-class ProcessStrategy(SharedStrategy):
+class ProcessStrategy(RankedStrategy):
     """Runs a Trainer in one process, or in W = devices · machines of them.
 
     Args:
@@ -98,58 +65,9 @@ class ProcessStrategy(SharedStrategy):
         self._num_workers = num_workers
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
         self._world = World(num_workers)
-        self._fit: Fit | None = None  # the present or last one
-        self._group_is_ours = False  # whether it was not there before
+        self._fit: Fit | None = None  # the present or last fit
+        self._group_is_ours = False  # whether this strategy has made torch's process group
         self._end_watch: Callable[[], None] = _nothing
-
-    # ---------------------------------------------------------------------------------------- who and where
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this machine."""
-        return max(1, len(self._given.devices))
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there are several processes."""
-        return self._processes > 1
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        return self._given.devices[self._rank_here] if self._given.devices else torch.device("cpu")
-
-    world_size: int = _Assignable(lambda strategy: strategy._processes)  # type: ignore[assignment]
-    global_rank: int = _Assignable(lambda strategy: strategy._rank)  # type: ignore[assignment]
-    local_rank: int = _Assignable(lambda strategy: strategy._rank_here)  # type: ignore[assignment]
-
-    @property
-    def _processes(self) -> int:
-        return self._given.processes
-
-    @property
-    def _rank(self) -> int:
-        return self.cluster_environment.global_rank() if self.is_distributed and self.cluster_environment else 0
-
-    @property
-    def _rank_here(self) -> int:
-        return self.cluster_environment.local_rank() if self.is_distributed and self.cluster_environment else 0
-
-    @property
-    def node_rank(self) -> int:
-        return self.cluster_environment.node_rank() if self.is_distributed and self.cluster_environment else 0
-
-    @property
-    @override
-    def is_global_zero(self) -> bool:
-        return self._rank == 0
-
-    def set_world_ranks(self) -> None:
-        """Tells the cluster environment and Lightning's rank-zero decorators who this process is."""
-        if self.is_distributed and self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self._rank_here)
-            self.cluster_environment.set_world_size(self._processes)
-            rank_zero_only.rank = self._rank  # type: ignore[attr-defined]
 
     @property
     @override
@@ -161,13 +79,11 @@ class ProcessStrategy(SharedStrategy):
         if layer_sync is not None and self._num_workers > 1:
             self._withdraw()
             raise MisconfigurationException(
-                "`Trainer(sync_batchnorm=True)` makes workers share each batch's statistics, and DiLoCo's workers meet"
-                " only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')` averages the"
-                " running statistics at each synchronisation."
+                "`Trainer(sync_batchnorm=True)` averages each batch's statistics over workers, and DiLoCo's workers"
+                " communicate only every `diloco_interval` steps. Leave it out; `DilocoStrategy(buffers='average')`"
+                " averages the running statistics at each synchronisation."
             )
         self._given.layer_sync = layer_sync
-
-    # ---------------------------------------------------------------------------------------- starting and ending
 
     @override
     def _make_launcher(self) -> None:
@@ -186,10 +102,8 @@ class ProcessStrategy(SharedStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        trainer = self._trainer_here
-        if trainer is None:  # the Trainer's connectors are used without a run
-            return
-        install_connectors(trainer)
+        if self._trainer_here is not None:  # else the Trainer's connectors are used without a run
+            install_connectors(self._trainer_here)
 
     @override
     def setup_environment(self) -> None:
@@ -215,15 +129,15 @@ class ProcessStrategy(SharedStrategy):
         self._group_is_ours = self._group_is_ours or not torch.distributed.is_initialized()
         _init_dist_connection(self.cluster_environment, backend, **options)
         if self._group_is_ours:
-            atexit.unregister(_close_group)  # until this run has ended well: it would wait for a lost peer
-        if self._world.group is not torch.distributed.group.WORLD:  # another one after `destroy_process_group`
+            atexit.unregister(_close_group)  # until this run has ended well: it would wait for a lost process
+        if self._world.group is not torch.distributed.group.WORLD:  # the group is new after `destroy_process_group`
             self._world = World(self._num_workers, self._rank, size)
             self._world.connect(self._timeout, self._compared_settings)
         self._world.signals, self._world.known_signals = set(), set()
 
     @property
     def _compared_settings(self) -> dict[str, Any]:
-        """What must be the same on all processes."""
+        """Arguments that must be equal on all processes."""
         return {"num_nodes": self._num_workers}
 
     @override
@@ -236,12 +150,12 @@ class ProcessStrategy(SharedStrategy):
     @override
     def model_to_device(self) -> None:
         super().model_to_device()
-        if self.is_distributed:  # gathered starts from process 0's weights, as under DDP
+        if self.is_distributed:  # all processes start from process 0's weights, as under DDP
             assert self.model is not None
-            tensors = _shareable(self.model)
+            tensors = _sendable(self.model)
             trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            kinds = {n: f"{tuple(t.shape)} {t.dtype}{' trained' * (n in trained)}" for n, t in tensors.items()}
-            self._world.check_equal("the set-up of the module", kinds)
+            layout = {n: f"{tuple(t.shape)} {t.dtype}{' trained' * (n in trained)}" for n, t in tensors.items()}
+            self._world.check_equal("the set-up of the module", layout)
             self._world.broadcast(tensors.values(), 0, "the first process's weights")
 
     @override
@@ -260,10 +174,10 @@ class ProcessStrategy(SharedStrategy):
         super().teardown()
 
     def _leave_together(self) -> None:
-        """A process that has started others and is done before them must not look like one that died."""
+        """Waits for the other processes: their parent must not end before them, or they would end, too."""
         try:
             self._world.gather_all("the end of the run")
-        except RuntimeError as error:  # this one's work is done all the same
+        except RuntimeError as error:  # the run of this process is complete all the same
             warnings.warn(str(error), stacklevel=2)
             return
         if self._group_is_ours:  # gloo's threads may abort a process that lets them run into the end of Python
@@ -276,60 +190,15 @@ class ProcessStrategy(SharedStrategy):
         if isinstance(self._launcher, ScriptLauncher) and not self._world.stopping:
             self._launcher.end()
 
-    # ---------------------------------------------------------------------------------------- what users may call
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._alone:
-            self._world.gather_all("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
-        if args == ("run-stage",) and self._fit is not None and self._fit.in_trial:
-            self._fit.end_trial()  # the Trainer's word for: all is set up, the fit proper begins
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self._world.size == 1 or self._alone:
-            return obj
-        objects = [obj]
-        self._world.gather_all("a broadcast")
-        torch.distributed.broadcast_object_list(objects, src)
-        return objects[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", what: str = "", **_: Any) -> Any:
-        if self._world.size == 1 or self._alone or not isinstance(tensor, Tensor):
-            return tensor
-        self._world.gather_all(f"a reduction {what or '(sync_dist=True does one)'}")
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self._world.size == 1 or self._alone:
-            return decision
-        votes = self.reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
-        return bool(votes == self._world.size) if all else bool(votes)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        if self._world.size == 1 or self._alone:
-            return tensor
-        self._world.gather_all("all_gather")
-        return _all_gather_ddp_if_available(tensor, group, sync_grads)
-
-    @property
-    def _alone(self) -> bool:
-        """Whether an exception ends this process while the others may be anywhere."""
-        interrupted = self._trainer_here is not None and self._trainer_here.interrupted
-        return interrupted and self._world.size > 1 and not self._world.stopping
-
     @property
     def _trainer_here(self) -> Trainer | None:
-        """The Trainer that runs in this process: none in one that only starts others ("spawn", "fork")."""
+        """The Trainer that runs in this process; None in a process that only starts others ("spawn", "fork")."""
         module = self.lightning_module
         return None if module is None else module._trainer
 
     @property
     def _is_being_spawned(self) -> bool:
-        """Whether a launcher pickles this strategy for the processes that it starts, which need all of it."""
+        """Whether a launcher pickles this strategy for the processes that it starts, which need its full state."""
         return self._only_starts_others and get_spawning_popen() is not None
 
     @property
@@ -351,8 +220,8 @@ def _nothing() -> None:
     """A module's function, so that strategies can be pickled."""
 
 
-def _shareable(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that can be sent; lazy ones have no values yet."""
+def _sendable(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that have values; lazy parameters have none yet."""
     lazy = torch.nn.parameter.is_lazy
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: t.detach() for name, t in named if not lazy(t)}

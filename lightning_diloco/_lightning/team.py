@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_diloco._lightning.process import ProcessStrategy
+from lightning_diloco._lightning.collectives import CollectiveStrategy
 from lightning_diloco._lightning.trainer_state import accumulating
 from lightning_diloco.state.outer import needs_closure
 
 
-class TeamStrategy(ProcessStrategy):
-    """Averages gradients where there are more processes than workers; see :class:`ProcessStrategy`."""
+class TeamStrategy(CollectiveStrategy):
+    """Averages the gradients of a worker's processes."""
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from typing_extensions import override
 
 from lightning_diloco._lightning.io import AtomicCheckpointIO
+from lightning_diloco._lightning.surface import verify
 
 
 @dataclass
@@ -199,6 +200,7 @@ class SharedStrategy(SingleDeviceStrategy):
 
     @override
     def connect(self, model: LightningModule) -> None:
+        verify(model)
         self._asked = False
         if model._trainer is not None:  # else the Trainer's connectors are used without a run
             self._take_settings_of(model._trainer)

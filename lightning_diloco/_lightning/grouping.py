@@ -1,0 +1,60 @@
+"""From consecutive batches of a loader to groups: one batch of each worker.
+
+Owns :class:`WorkerBatches` and the errors about epochs that make no group. Does not own which batches a loader fetches
+(``samplers.py``, ``loaders.py``).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_diloco.fit import ShardPlan
+
+TOO_FEW = (
+    "An epoch of the training data has {number}, but there are {readers}, and each needs a batch of its own. Use fewer"
+    " workers (`num_nodes`), a smaller `batch_size`, more data, or no `drop_last`."
+)
+LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} workers and are dropped."
+
+
+class WorkerBatches:
+    """One batch per worker hosted here. A leaf for functions that walk nested collections."""
+
+    def __init__(self, by_worker: dict[int, Any]) -> None:
+        self.by_worker = by_worker
+
+
+def too_few(number: int, plan: ShardPlan, unit: str = "batch(es)") -> ValueError:
+    """The error for an epoch in which some worker would have no batch."""
+    team = f" of {plan.world.team} processes each" if plan.world.team > 1 else ""
+    return ValueError(TOO_FEW.format(number=f"{number} {unit}", readers=f"{plan.world.num_workers} workers{team}"))
+
+
+def group_by_place(batches: Iterator[Any], plan: ShardPlan, workers: Sequence[int]) -> Iterator[WorkerBatches]:
+    """Batch j is for shard j mod the number of shards."""
+    return grouped(batches, plan, plan.shards, [plan.world.shard(w) for w in workers], workers)
+
+
+def grouped(
+    batches: Iterator[Any], plan: ShardPlan, size: int, places: Sequence[int], workers: Sequence[int]
+) -> Iterator[WorkerBatches]:
+    """Groups of ``size`` consecutive batches, of which those at ``places`` go to ``workers``.
+
+    Raises:
+        ValueError: the epoch has fewer batches than ``size``, but more than 1. A single batch goes to every worker.
+    """
+    complete = False
+    while group := list(islice(batches, size)):
+        if len(group) < size and complete:
+            rank_zero_warn(LEFT_OVER.format(left=len(group), workers=size))
+            return
+        if 1 < len(group) < size:
+            raise too_few(len(group), plan)
+        complete = True
+        if len(group) < size:  # copies, because a worker may change its batch
+            yield WorkerBatches({w: copy.deepcopy(group[0]) if i else group[0] for i, w in enumerate(workers)})
+        else:
+            yield WorkerBatches({w: group[place] for w, place in zip(workers, places, strict=True)})

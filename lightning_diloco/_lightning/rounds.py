@@ -1,0 +1,237 @@
+"""Rounds: one item per shard, where an item is an index of the dataset or a batch of indices.
+
+Owns how a sampler, a user's ``DistributedSampler`` or a partition becomes rounds. Does not own which of the three a
+loader gets (``samplers.py``).
+"""
+
+import copy
+import math
+import operator
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler, Sampler
+
+from lightning_diloco.state.randomness import RandomStream, derive_seed
+
+ONCE = (
+    "The training data come from a {iterator}, which can be read only once: `trainer.train_dataloader` would take"
+    " batches away from the training. Pass an object whose `__iter__` starts again."
+)
+
+
+class Rounds(Protocol):
+    """One item per shard and round.
+
+    Attributes:
+        left: number of items that the last pass has dropped because they made no complete round.
+    """
+
+    left: int
+
+    def __iter__(self) -> Iterator[Sequence[Any]]: ...
+    def __len__(self) -> int: ...
+    def set_epoch(self, epoch: int) -> None: ...
+    def copied(self) -> "Rounds": ...
+
+
+class ShardedRounds:
+    """Item j of a sampler goes to shard j mod n.
+
+    The sampler's draws from torch's generator depend on (seed, epoch) only.
+
+    Args:
+        base: a sampler or batch sampler, drawn once per epoch.
+        shards: n.
+        seed: the run's seed.
+        wrap: complete the last round with the first items, else drop it.
+        single: without ``wrap``, an epoch of a single item gives that item to every shard.
+    """
+
+    def __init__(self, base: Any, shards: int, seed: int, wrap: bool, single: bool = False) -> None:
+        self._base = base
+        self._single = single
+        self._n = shards
+        self._seed = seed
+        self._wrap = wrap
+        self._epoch = 0
+        self.left = 0
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        self.left = 0
+        stream = RandomStream(derive_seed(self._seed, "sampler", self._epoch))
+        with stream.active():
+            items = iter(self._base)
+        first: list[Any] = []
+        while True:
+            with stream.active():
+                drawn = list(islice(items, self._n))
+            first += drawn[: self._n - len(first)]
+            if len(drawn) < self._n:
+                if drawn and (self._wrap or (self._single and len(first) == 1)):
+                    yield [*drawn, *(first[j % len(first)] for j in range(self._n - len(drawn)))]
+                else:
+                    self.left = len(drawn)
+                return
+            yield drawn
+
+    def __len__(self) -> int:
+        length = len(self._base)
+        if self._single and length == 1:
+            return 1
+        return math.ceil(length / self._n) if self._wrap else length // self._n
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        for sampler in (self._base, getattr(self._base, "sampler", None)):
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+    def copied(self) -> "ShardedRounds":
+        twin = copy.copy(self)
+        twin._base = independent(self._base)
+        if isinstance(getattr(twin._base, "sampler", None), Sampler):
+            twin._base.sampler = independent(twin._base.sampler)
+        return twin
+
+
+class RankRounds:
+    """A copy of a user's DistributedSampler per shard, with the shard as rank.
+
+    Args:
+        sampler: the user's DistributedSampler.
+        shards: their number.
+        batches: the user's batch sampler around ``sampler``, copied too; None: items are indices.
+
+    Raises:
+        ValueError: the sampler was made for another number of replicas.
+    """
+
+    left = 0
+
+    def __init__(self, sampler: DistributedSampler[Any], shards: int, batches: Any = None) -> None:
+        if sampler.num_replicas != shards:
+            raise ValueError(
+                f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but there"
+                f" are {shards} workers. Use `num_replicas={shards}`, or leave the sampler out: every worker"
+                " gets its shard by itself."
+            )
+        self._samplers = [copy.copy(sampler) for _ in range(shards)]
+        for rank, copied in enumerate(self._samplers):
+            copied.rank = rank
+        self._items: list[Any] = (
+            [copy.copy(batches) for _ in range(shards)] if batches is not None else [*self._samplers]
+        )
+        for item, copied in zip(self._items, self._samplers, strict=True):
+            if batches is not None:
+                item.sampler = copied
+
+    def __iter__(self) -> Iterator[Sequence[Any]]:
+        return zip(*self._items, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._items[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        for sampler in self._samplers:
+            sampler.set_epoch(epoch)
+
+    def copied(self) -> "RankRounds":
+        twin = copy.copy(self)
+        twin._items = [independent(item) for item in self._items]
+        return twin
+
+
+class PartitionRounds:
+    """The partition's list of each worker; shorter lists wrap to the length of the longest.
+
+    If asked, lists are shuffled per epoch by (seed, epoch, worker). The members of a worker's team take the entries of
+    its list in turn.
+    """
+
+    left = 0
+
+    def __init__(self, parts: Sequence[Sequence[int]], seed: int, shuffle: bool, team: int = 1) -> None:
+        self._parts = parts
+        self._team = team
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = 0
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        parts = [self._order(worker, part) for worker, part in enumerate(self._parts)]
+        for r in range(len(self)):
+            yield [part[(r * self._team + j) % len(part)] for j in range(self._team) for part in parts]
+
+    def _order(self, worker: int, part: Sequence[int]) -> Sequence[int]:
+        if not self._shuffle:
+            return part
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "partition", self._epoch, worker))
+        return [part[j] for j in torch.randperm(len(part), generator=generator).tolist()]
+
+    def __len__(self) -> int:
+        return math.ceil(max(map(len, self._parts)) / self._team)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def copied(self) -> "PartitionRounds":
+        return self
+
+
+def checked_partition(returned: Any, num_workers: int, size: int) -> list[list[int]]:
+    """The lists that the user's function returned, as Python numbers.
+
+    Raises:
+        ValueError: the lists don't give each worker at least one index of the dataset.
+    """
+    try:
+        parts = [[_index(i) for i in part] for part in returned]
+    except TypeError as error:
+        raise ValueError(
+            f"`partition` must return one list of integer indices per worker, not a {type(returned).__name__} like"
+            f" this: {error}."
+        ) from error
+    if len(parts) != num_workers:
+        raise ValueError(
+            f"`partition` returned {len(parts)} lists of indices for {num_workers} workers. Return exactly one per"
+            " worker."
+        )
+    for worker, part in enumerate(parts):
+        outside = [i for i in part if not 0 <= i < size]
+        if outside:
+            raise ValueError(
+                f"`partition` gave worker {worker} the index {outside[0]}, but the dataset has {size} samples."
+                f" Indices must lie in 0 … {size - 1}."
+            )
+        if not part:
+            raise ValueError(f"`partition` gave worker {worker} no index. Every worker needs at least one sample.")
+    return parts
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool":
+        raise TypeError(f"{value!r} is a boolean (`nonzero` turns masks into indices)")
+    return operator.index(value)
+
+
+def independent(holder: Any) -> Any:
+    """A shallow copy whose random generators are copies, too.
+
+    Raises:
+        TypeError: it can't be copied since it is read only once.
+    """
+    if isinstance(holder, Iterator) and type(holder).__module__ in ("builtins", "itertools"):
+        raise TypeError(ONCE.format(iterator=type(holder).__name__))
+    twin = copy.copy(holder)
+    for name, value in getattr(twin, "__dict__", {}).items():
+        if isinstance(value, torch.Generator):
+            vars(twin)[name] = torch.Generator(value.device)
+            vars(twin)[name].set_state(value.get_state())
+        elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+            vars(twin)[name] = copy.deepcopy(value)
+    return twin

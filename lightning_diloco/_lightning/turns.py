@@ -1,0 +1,202 @@
+"""The workers' turns within one step of Lightning's training loop.
+
+Owns which hooks and passes run in a worker's turn, and Lightning's objects that a turn must leave as it found them:
+progress counters and the logger connector. Does not own when in the loop turns come (``loops.py``), nor the swap of the
+worker's state (``engine/engine.py``).
+
+Private because no public hook sees every path: while accumulating gradients Lightning calls the closure without the
+strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's ``optimizer_step``.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+
+from lightning_diloco._lightning.hooks import does_something, rank_of
+from lightning_diloco._lightning.results import WorkerResults
+from lightning_diloco.fit import Fit
+
+Outputs = dict[str, Any]
+
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def fit_of(trainer: Trainer) -> Fit:
+    """The fit that ``trainer`` runs."""
+    strategy: Any = trainer.strategy
+    assert isinstance(strategy._fit, Fit)
+    return strategy._fit
+
+
+class WorkerTurns:
+    """The turns of the workers hosted here, within one step.
+
+    Args:
+        loop: Lightning's loop over batches, with workers' results.
+    """
+
+    def __init__(self, loop: _TrainingEpochLoop) -> None:
+        assert isinstance(loop._results, WorkerResults)
+        self._loop, self._trainer, self._results = loop, loop.trainer, loop._results
+        self._fit = fit_of(loop.trainer)
+
+    @contextmanager
+    def turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:
+        """Inside, ``worker`` is active: module, optimizers, logged values and rank-zero functions are this worker's."""
+        fit, results, connector = self._fit, self._results, self._trainer._logger_connector
+        first_iteration = connector._first_loop_iter
+        if first_iteration and worker != fit.engine.local_workers[0]:
+            connector._first_loop_iter = False  # else the first log() of a hook drops the values of earlier workers
+        keep = keep_gradients or self._loop._should_accumulate() or fit.keeps_gradients
+        try:
+            with rank_of(worker), results.turn(worker, batch), fit.engine.turn(worker, keep_gradients=keep):
+                yield
+                fit.follow_optimizers()  # raises if the worker's turn has replaced them
+        finally:
+            connector._first_loop_iter = first_iteration
+
+    def transfer(self, batches: dict[int, Any]) -> dict[int, Any]:
+        """Moves each worker's batch to the device, in the worker's turn if the project overrides a transfer hook."""
+        trainer = self._trainer
+        module = trainer.lightning_module
+        owners = [o for o in (module, trainer.datamodule) if o is not None]
+        in_turn = any(does_something(o, hook) for hook in _TRANSFER_HOOKS for o in owners)
+
+        def move(batch: Any) -> Any:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+        if not in_turn:
+            return {w: move(batch) for w, batch in batches.items()}
+        moved = {}
+        for w, batch in batches.items():
+            with self.turn(w, batch):
+                moved[w] = move(batch)
+        self._results.fold()
+        return moved
+
+    def run(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
+        """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
+        engine = self._fit.engine
+        automatic = self._trainer.lightning_module.automatic_optimization
+        active = engine.algorithm.active(engine.local_steps + 1)
+        inputs = {
+            w: OrderedDict(any=iterator)
+            if iterator is not None
+            else self._loop._build_kwargs(OrderedDict(), batch, batch_idx)
+            for w, batch in batches.items()
+            if w in active
+        }
+        stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
+        counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)
+        with counters.kept(lambda: set(inputs) <= set(engine.torn_step)):
+            if engine.algorithm.needs_gradients and automatic and stepping:
+                outputs = self._run_after_all_backwards(inputs, batch_idx, counters)
+            else:
+                outputs = {}
+                for w in counters.each(inputs):
+                    with self.turn(w, batches[w]):
+                        if automatic:
+                            optimizer = self._trainer.optimizers[0]
+                            outputs[w] = self._loop.automatic_optimization.run(optimizer, batch_idx, inputs[w])
+                        else:
+                            outputs[w] = self._loop.manual_optimization.run(inputs[w])
+        self._results.fold()
+        return outputs
+
+    def _run_after_all_backwards(
+        self, inputs: Mapping[int, Any], batch_idx: int, counters: "_Counters"
+    ) -> dict[int, Outputs]:
+        """For algorithms that change gradients: all forward and backward passes first, then all inner steps."""
+        fit, loop = self._fit, self._loop.automatic_optimization
+        engine, parameters = fit.engine, self._trainer.lightning_module.parameters
+        closures: dict[int, _Finished] = {}
+        for w in counters.each(inputs):
+            with self.turn(w, inputs[w].get("batch"), keep_gradients=True):
+                closure = loop._make_closure(inputs[w], self._trainer.optimizers[0], batch_idx)
+                with fit.team.one_pass(parameters()):
+                    closures[w] = _Finished(closure())
+                closures[w].output = closure.consume_result().asdict()
+        engine.before_inner_steps()
+        for w in counters.each(inputs):
+            with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
+                loop._optimizer_step(batch_idx, closures[w])
+        return {w: {} if c.loss is None else c.output for w, c in closures.items()}
+
+    def hook(self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
+        """Calls a hook of the LightningModule in each worker's turn, as on every rank under DDP."""
+        trainer = self._trainer
+        if not does_something(trainer.lightning_module, name):
+            return []
+        responses = []
+        for w, batch in batches.items():
+            with self.turn(w, batch):
+                responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
+        self._results.fold()
+        return responses
+
+
+class _Counters:
+    """Lightning's progress counters in one step, which move once although every worker steps.
+
+    Args:
+        automatic: the loop that counts under automatic optimization.
+        manual: the one under manual optimization.
+    """
+
+    def __init__(self, automatic: _AutomaticOptimization, manual: _ManualOptimization) -> None:
+        progress = automatic.optim_progress.optimizer
+        pairs = (progress.step, progress.zero_grad, manual.optim_step_progress)
+        self._trackers: list[Any] = [tracker for pair in pairs for tracker in (pair.total, pair.current)]
+        self._before = self._read()
+        self._after: list[dict[str, int]] | None = None
+
+    def each(self, turns: Iterable[int]) -> Iterator[int]:
+        """The workers in order, each of which finds the counters as the first one did."""
+        for i, w in enumerate(turns):
+            if i:
+                self._after = self._after or self._read()
+                self._write(self._before)
+            yield w
+
+    @contextmanager
+    def kept(self, all_stepped: Callable[[], bool]) -> Iterator[None]:
+        """An error inside leaves the counters as before the step, or after it if all workers have stepped.
+
+        A run that resumes from a file saved then finishes the step, and counts it once.
+        """
+        try:
+            yield
+        except BaseException:
+            if not all_stepped():
+                self._write(self._before)
+            elif self._after is not None:
+                self._write(self._after)
+            raise
+
+    def _read(self) -> list[dict[str, int]]:
+        return [dict(vars(tracker)) for tracker in self._trackers]
+
+    def _write(self, values: Sequence[Mapping[str, int]]) -> None:
+        for tracker, saved in zip(self._trackers, values, strict=True):
+            vars(tracker).update(saved)
+
+
+class _Finished:
+    """A closure whose forward and backward are done: calling it returns the loss."""
+
+    def __init__(self, loss: torch.Tensor | None) -> None:
+        self.loss = loss
+        self.output: Outputs = {}
+
+    def __call__(self, *_: Any, **__: Any) -> torch.Tensor | None:
+        return self.loss
