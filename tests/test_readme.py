@@ -164,7 +164,7 @@ def test_help_of_the_strategy_shows_users_members_first_and_no_internals() -> No
         "current_worker", "ledger", "local_steps", "local_workers", "memory_report", "num_workers", "outer_optimizer",
         "outer_state_dict", "outer_steps", "weights", "worker_state_dict",
     }  # fmt: skip
-    lightnings = {*dir(DDPStrategy), "cluster_environment"}
+    lightnings = {*dir(DDPStrategy), "cluster_environment", "strategy_name"}
     assert {name for name in dir(DilocoStrategy) if not name.startswith("_")} - lightnings == users
     first = pydoc.plain(pydoc.render_doc(DilocoStrategy)).split("inherited from")[0]
     for name in users:
