@@ -1,6 +1,6 @@
-"""The strategy's arguments: checks (what was given, the rule, the fix), and plain values to compare and save.
+"""Checks of the strategy's arguments, and their plain values to compare and save.
 
-Owns no argument. Imports nothing of Lightning.
+Every error names the value, the rule and the fix. Imports nothing of Lightning.
 """
 
 import inspect
@@ -86,7 +86,7 @@ def configured_groups(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _arguments_of(algorithm: SyncAlgorithm) -> dict[str, Any]:
-    """The attributes named like the constructor's parameters; where one has none, all attributes."""
+    """The attributes named like the constructor's parameters; all attributes if a parameter has none."""
     attributes = {k: v for k, v in vars(algorithm).items() if k != "ctx"}
     parameters = inspect.signature(type(algorithm).__init__).parameters.values()
     names = [p.name for p in list(parameters)[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -160,7 +160,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """True or False, also numpy's; no other value."""
     if not _is_boolean(value) or getattr(value, "shape", None):
         raise ValueError(f"`{name}` (={value!r}) must be True or False.")
     return bool(value)

@@ -1,7 +1,7 @@
-"""The life of one fit: its engine, the checkpoint that it resumes, its shards of the data, its reports.
+"""The life of a fit: its engine, the checkpoint that it resumes, its shards of the data, its reports.
 
-Owns everything that begins with ``Trainer.fit`` and ends with it. Lightning's loops (``_lightning/loops.py``) ask this
-object and never the strategy; the strategy hands on what its users read. Does not own a step (``engine/engine.py``).
+Owns everything that begins with ``Trainer.fit`` and ends with it. Lightning's loops (``_lightning/loops.py``) call this
+object and never the strategy. Does not own a step (``engine/engine.py``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from lightning_diloco.arguments import configured_groups
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comm.team import TeamGradients
 from lightning_diloco.comm.world import World
-from lightning_diloco.engine import checkpoint
+from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.state.outer import OuterFactory, needs_closure
 from lightning_diloco.state.policies import Policies
@@ -64,7 +64,7 @@ class ShardPlan:
 
     @property
     def shards(self) -> int:
-        """Number of shards: one per worker, or per process where a worker has several."""
+        """Number of shards: N, or the number of processes where a worker has several."""
         return self.world.shards
 
     @property
@@ -75,7 +75,7 @@ class ShardPlan:
 
 @dataclass
 class Fit:
-    """One fit of one Trainer.
+    """A fit of a Trainer.
 
     Args:
         settings: the strategy's.
@@ -138,7 +138,7 @@ class Fit:
         self._seed = world.decided_by_first(run_seed)
 
     def set_up(self, optimizers: Sequence[Any]) -> None:
-        """``configure_optimizers`` has been called: the present state is the one that workers are reset to."""
+        """``configure_optimizers`` has been called: ``inner_state="reset"`` goes back to the present state."""
         if self.settings.algorithm.needs_gradients:
             _check_needs_gradients(self.settings.algorithm, self.trainer)
         self._initial_state = [copy_state(o.state) for o in flatten_optimizers(optimizers)]
@@ -158,7 +158,7 @@ class Fit:
         return self.settings.final_sync and state is not None and state["local_steps"] > state["round_start"]
 
     def end_trial(self) -> None:
-        """A tuner is done, if there was one, and the fit proper begins."""
+        """Tuners are done, and the fit proper begins."""
         self.in_trial = False
         self._drop_engine()
 
@@ -189,7 +189,7 @@ class Fit:
         )
         groups = configured_groups(self.started.outer_optimizer)
         if self._resumed is not None:
-            checkpoint.check_settings(self._resumed["settings"], groups, "The checkpoint")
+            file_format.check_settings(self._resumed["settings"], groups, "The checkpoint")
             self.started.resume(self._resumed)
         self._configured = {**settings.configured, **groups}
 
@@ -211,7 +211,7 @@ class Fit:
         return () if automatic else [c.scheduler for c in self.trainer.strategy.lr_scheduler_configs]
 
     def follow_optimizers(self) -> None:
-        """Tells the engine where ``setup_optimizers`` or ``trainer.optimizers = …`` has replaced the optimizers."""
+        """Hands the engine the optimizers that ``setup_optimizers`` or ``trainer.optimizers = …`` has put in place."""
         if self.training:
             self.engine.use_optimizers(self.trainer.strategy.optimizers, self._schedulers_in_turns)
 
@@ -240,7 +240,7 @@ class Fit:
         return reports
 
     def close(self) -> None:
-        """However the fit ended: the module has its tensors back; what a tuner tried is forgotten."""
+        """However the fit ended: the module has its tensors back; the engine of a tuner's trial is dropped."""
         if self.started is not None:
             self.started.close()
         if self.in_trial:
@@ -260,8 +260,8 @@ class Fit:
     def complete(
         self, state: dict[str, Any], loader: dict[str, Any] | None, state_dict: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """``state`` as it stands in a file; see :func:`lightning_diloco.engine.checkpoint.complete`."""
-        return checkpoint.complete(state, self._configured, loader, state_dict)
+        """``state`` as it stands in a file; see :func:`lightning_diloco.engine.file_format.complete`."""
+        return file_format.complete(state, self._configured, loader, state_dict)
 
     # ---------------------------------------------------------------------------------------- data
 

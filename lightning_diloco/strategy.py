@@ -1,4 +1,4 @@
-"""DilocoStrategy: the one line that turns a Lightning project into a DiLoCo experiment.
+"""DilocoStrategy: the line that turns a Lightning project into a DiLoCo experiment.
 
 Owns the arguments, and the values that users read during a fit and after it. Lightning's own hooks stand in
 ``_lightning/fitting.py``, the life of a fit in ``fit.py``, the training loop in ``_lightning/loops.py``.
@@ -42,7 +42,7 @@ class DilocoStrategy(FitStrategy):
     """Trains N DiLoCo workers inside an ordinary ``Trainer.fit`` (arXiv 2311.08105).
 
     Think of DDP with ``world_size = num_nodes``, except that the workers synchronise every ``diloco_interval`` steps.
-    Everything that counts steps counts the local steps of one worker; ``batch_size`` is per worker. What a fit does::
+    Everything that counts steps counts the local steps of a worker; ``batch_size`` is per worker. A fit::
 
         for batches in loader:                       # one batch per worker, each from the worker's own shard
             callbacks.on_train_batch_start           # once; the module holds θ
@@ -61,13 +61,13 @@ class DilocoStrategy(FitStrategy):
     Args:
         num_nodes: simulated workers N ≥ 1. (``Trainer(num_nodes=)`` stays the number of machines.)
         diloco_interval: local steps H ≥ 1 between outer steps. A local step is a batch in which an optimizer stepped.
-        outer_optimizer_cls: the outer optimizer: a torch optimizer class, or a callable that makes one from parameters.
+        outer_optimizer_cls: the outer optimizer: a torch optimizer class, or a callable that makes an optimizer.
             (On the command line a dotted name is a class; a short name, or ``class_path`` with ``init_args``, is a
-            callable, with torch's defaults for what isn't given: SGD alone has lr 0.001.)
-        outer_optimizer_kwargs: its arguments, replacing the defaults wholly. None: for exactly ``torch.optim.SGD`` what
-            the algorithm's paper uses (DiLoCo: lr 0.7, momentum 0.9, nesterov), for other classes their own defaults.
-            Must be None with a callable.
-        algorithm: when and what the workers exchange; None: ``Diloco()``.
+            callable, with torch's defaults for arguments that aren't given: SGD alone has lr 0.001.)
+        outer_optimizer_kwargs: arguments of the outer optimizer, replacing the defaults wholly. None: for exactly
+            ``torch.optim.SGD`` the values of the algorithm's paper (DiLoCo: lr 0.7, momentum 0.9, nesterov), for other
+            classes the defaults of the class. Must be None with a callable.
+        algorithm: decides when workers communicate, and which tensors they exchange; None: ``Diloco()``.
         eval_weights: weights and buffers that validation during fit and a checkpoint's ``state_dict`` see: "average"
             (the mean of the replicas), "outer" (θ of the last synchronisation) or "worker" (worker 0's).
         buffers: floating buffers and frozen parameters at a synchronisation: "average" (mean to all), "first" (worker
@@ -75,12 +75,12 @@ class DilocoStrategy(FitStrategy):
             kept).
         inner_state: inner optimizer state at a synchronisation: "keep", "reset" (a copy of the state right after
             ``configure_optimizers``) or "average" (floating tensors with more than one element; step counters and
-            Python numbers stay each worker's own).
-        final_sync: do one last outer step on a partial round when training ends normally.
-        partition: ``(dataset, num_workers) → one list of indices per worker``: which samples each worker owns.
+            Python numbers stay as they are in each worker).
+        final_sync: do a last outer step on a partial round when training ends normally.
+        partition: ``(dataset, num_workers) → a list of indices per worker``: the samples of each worker's shard.
         nonfinite: a worker whose Δ_i is not finite at a synchronisation of N > 1 workers: "raise", "skip" (the mean is
             over the others; the worker restarts from θ with fresh inner state) or "propagate".
-        share_frozen: all workers use one copy of the parameters without ``requires_grad``.
+        share_frozen: all workers use the same tensors for parameters without ``requires_grad``.
         reduction: order of summation over several processes: "ordered" (that of the workers: results are bit-identical
             for every layout of workers over processes), "all_reduce" (that of the back end, which may send less), or
             "auto" (ordered on one machine, all_reduce across machines).
@@ -187,7 +187,7 @@ class DilocoStrategy(FitStrategy):
 
     @property
     def current_worker(self) -> int | None:
-        """Global id of the worker whose turn it is, None between turns."""
+        """Global id of the worker that is active, None between turns."""
         return self._current_worker
 
     @property
@@ -228,7 +228,7 @@ class DilocoStrategy(FitStrategy):
         """Puts a copy of worker ``which``, the "average" of the workers, or the "outer" model into the module for a
         while.
 
-        Training is undisturbed: what is written to the copy is dropped.
+        Training is undisturbed: changes of the copy are dropped.
         """
         if isinstance(which, str):
             check_choice("which", which, Literal["average", "outer"])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_diloco import Diloco, DilocoStrategy
-from lightning_diloco.engine import checkpoint as checkpoint_format
+from lightning_diloco.engine import file_format as checkpoint_format
 
 SEED = 5
 

@@ -20,7 +20,7 @@ from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms.base import is_plain_run
 from lightning_diloco.callback import DilocoCallback
-from lightning_diloco.engine import checkpoint as checkpoint_format
+from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.fit import Fit, RunSettings
 from lightning_diloco.state.outer import trial_optimizer
@@ -176,9 +176,9 @@ class FitStrategy(TeamStrategy):
         trainer, fit = self._trainer_here, self._fit
         if trainer is not None and fit is not None and trainer.state.fn == TrainerFn.FITTING and "diloco" in checkpoint:
             source, settings = f"The checkpoint {checkpoint_path}", self._settings
-            checkpoint_format.check(checkpoint, settings.num_workers, settings.configured, source)
+            file_format.check(checkpoint, settings.num_workers, settings.configured, source)
             state = checkpoint["diloco"]
-            checkpoint_format.restore_repeated(state, checkpoint["state_dict"])
+            file_format.restore_repeated(state, checkpoint["state_dict"])
             if state["loader"] is not None:
                 trainer_state.attach_loader_state(checkpoint["loops"], state["loader"])
             fit.use_seed(state["seed"])

@@ -1,7 +1,21 @@
-"""The interface between the engine and an algorithm, and the report of one outer step.
+"""The interface of an algorithm, and the list of an outer step.
 
-Owns no state and no arithmetic. An algorithm decides when workers communicate, what they exchange and what each does
-with it; everything it may touch is in the :class:`~lightning_diloco.algorithms.context.SyncContext` it is given.
+An algorithm decides when workers communicate, which tensors they exchange, and how each worker uses the result, by
+means of a :class:`~lightning_diloco.algorithms.context.SyncContext`. Owns no state and no arithmetic.
+
+An outer step of :class:`~lightning_diloco.Diloco`, in order:
+
+=============================================  ==========================================================
+after local step t, if the round is over       ``engine/engine.py`` calls ``algorithm.after_inner_step(t)``
+measure every Δ_i, leave out non-finite ones   ``ctx.begin_round``               ``algorithms/context.py``
+Δ = mean of the Δ_i                            ``ctx.channel.mean``              ``comm/channel.py``
+bytes into the ledger, statistics              (on the way)                      ``algorithms/report.py``
+θ ← OuterOpt(θ, Δ)                             ``ctx.outer.step``                ``state/outer.py``
+θ_i ← θ for every worker                       ``ctx.restart``                   ``algorithms/context.py``
+buffers, frozen parameters, inner state        ``ctx.end_round``                 ``state/policies.py``
+θ into the live module                         the engine                        ``state/live_module.py``
+the report to callbacks and loggers            the fit                           ``callback.py``
+=============================================  ==========================================================
 
 Symbols, here and in every algorithm:
 
@@ -28,10 +42,10 @@ from lightning_diloco.state.outer import is_plain_average
 
 
 class SyncAlgorithm(ABC):
-    """When workers communicate, what they exchange, and what each does with it.
+    """Decides when workers communicate, which tensors they exchange, and how each worker uses the result.
 
-    A subclass implements :meth:`after_inner_step`; see :class:`~lightning_diloco.Diloco` for the usual shape. One
-    object serves one fit at a time and starts afresh at each :meth:`setup`.
+    A subclass implements :meth:`after_inner_step`; :class:`~lightning_diloco.Diloco` shows the usual shape. An object
+    serves a single fit at a time and starts afresh at each :meth:`setup`.
     """
 
     needs_gradients: ClassVar[bool] = False
@@ -47,7 +61,7 @@ class SyncAlgorithm(ABC):
         return {name: value for name, value in vars(self).items() if name != "ctx"}
 
     def setup(self, ctx: SyncContext) -> None:
-        """Called once before the first step of a fit."""
+        """Called before the first step of a fit."""
         self.ctx = ctx
 
     def active(self, step: int) -> Collection[int]:
@@ -55,14 +69,14 @@ class SyncAlgorithm(ABC):
         return self.ctx.workers
 
     def before_inner_step(self, step: int) -> None:  # noqa: B027 (most algorithms leave gradients alone)
-        """With ``needs_gradients``: may change the workers' gradients (``ctx.gradients``) before anyone steps."""
+        """With ``needs_gradients``: may change the workers' gradients (``ctx.gradients``) before any worker steps."""
 
     @abstractmethod
     def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
         """Called after every local step; ``step`` is the number of completed local steps, from 1."""
 
     def flush(self, step: int) -> Sequence[OuterStepReport]:
-        """One last synchronisation on a partial round, when training ends normally. Default: none."""
+        """A last synchronisation on a partial round, when training ends normally. Default: none."""
         return []
 
     def publish(self) -> Mapping[str, Tensor]:
@@ -70,7 +84,7 @@ class SyncAlgorithm(ABC):
         return self.ctx.outer.tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """What is global to the algorithm; per-worker tensors live in ``ctx.replicas.slot(i, name)``."""
+        """State of the algorithm for checkpoints; per-worker tensors live in ``ctx.replicas.slot(i, name)``."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -80,7 +94,7 @@ class SyncAlgorithm(ABC):
 
 
 def is_plain_run(num_workers: int, algorithm: SyncAlgorithm, outer_optimizer: Optimizer) -> bool:
-    """Whether the run is the plain run: one worker, whose replica the outer step assigns to θ.
+    """Whether the run is the plain run: a single worker, whose replica the outer step assigns to θ.
 
     Nothing is attached, swapped, logged or added to checkpoints then.
     """

@@ -1,4 +1,4 @@
-"""What an algorithm may touch, and what every synchronisation does whatever the algorithm.
+"""The context of an algorithm, and the parts of a synchronisation that all algorithms share.
 
 Owns the round clock and the diagnostics of a round. :meth:`SyncContext.restart` is the only place that writes trainable
 parameters of replicas. Does not own the outer step itself (``algorithms/diloco.py``) nor the policies that apply at the

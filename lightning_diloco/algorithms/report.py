@@ -1,6 +1,6 @@
-"""How far the workers are from θ and from each other: the numbers in a report.
+"""The report of an outer step, and its statistics: how far the workers are from θ and from each other.
 
-Owns measurements only, taken from what an exchange moves anyway. Imports nothing of Lightning.
+Owns measurements only, taken from the tensors that an exchange moves anyway. Imports nothing of Lightning.
 """
 
 import math
@@ -16,7 +16,7 @@ from lightning_diloco.comm.tensors import flat, real_view
 
 @dataclass(frozen=True)
 class OuterStepReport:
-    """What happened at one synchronisation.
+    """A synchronisation in numbers.
 
     Attributes:
         step: local steps done, from 1.
@@ -28,9 +28,9 @@ class OuterStepReport:
         cosine: mean over pairs of workers of the cosine between Δ_i and Δ_j (a zero Δ_i counts as orthogonal to all);
             None with fewer than two participants, without a mean, and with ``reduction="all_reduce"`` over several
             processes, where nobody sees single Δ_i.
-        payload_bytes: bytes that each worker sent this round, one direction: Δ plus whatever buffers or state were
-            averaged.
-        participants: global ids of the workers whose Δ_i entered the mean.
+        payload_bytes: bytes that each worker sent this round, in one direction: Δ, and the buffers and inner states
+            that were averaged.
+        participants: global ids of the workers in the mean.
         seconds: wall-clock time of the synchronisation.
     """
 

@@ -1,18 +1,32 @@
-"""One local step of every worker, and the synchronisations between rounds.
+"""The local steps of all workers, and the synchronisations between rounds.
 
-Owns whose turn it is, when a step counts and when training is over; and the copies of weights that evaluation looks at.
-Does not own storage (``replicas.py``), a worker's other belongings (``worker.py``), the module between turns
-(``public.py``), the maths of an outer step (``algorithms/``, ``outer.py``, ``comm.py``) nor anything of Lightning: the
-engine runs without a Trainer::
+Owns the turns of the workers, the count of local steps, and the end of training. Imports nothing of Lightning.
+
+A turn of worker i, in order:
+
+==============================================  =========================================
+outside changes of weights and optimizers       ``state/live_module.py``, ``optimizers.py``
+θ_i and the worker's buffers become active      ``state/replicas.py`` (``Layout.activate``)
+inner optimizer states, groups, scaler          ``state/worker.py`` (``Worker.activate``)
+gradients that the worker has accumulated       ``state/worker.py`` (``Worker.turn``)
+the worker's random stream                      ``state/randomness.py``
+``training_step``, backward, optimizer step     Lightning, in the Trainer's loop
+random stream, gradients, states kept           ``state/worker.py``
+replaced ``.data`` copied into the replica      ``state/replicas.py`` (``Layout.collect``)
+was the step done by a known optimizer?         ``state/guard.py``
+the module's tensors become active again        ``state/live_module.py`` (``deactivate``)
+==============================================  =========================================
+
+The engine runs without a Trainer::
 
     engine = Engine(module, [optimizer], num_workers=4, interval=10, algorithm=Diloco(), outer_factory=outer_sgd)
     for batches in data:                          # one batch per worker
         for w in engine.local_workers:
-            with engine.turn(w):                  # the module and the optimizer are worker w's inside
+            with engine.turn(w):                  # worker w is active in the module and the optimizer
                 loss(module, batches[w]).backward()
                 optimizer.step()
         reports = engine.end_step()               # counts the step; synchronises when the round is over
-    engine.flush()                                # one last outer step on a partial round
+    engine.flush()                                # a last outer step on a partial round
     engine.finish()                               # the module holds θ
     engine.close()                                # gives hooks and gradients back
 """
@@ -58,13 +72,13 @@ class Engine:
         optimizers: the inner optimizers over the module's parameters.
         num_workers: N ≥ 1.
         interval: H ≥ 1.
-        algorithm: when and what the workers exchange.
+        algorithm: decides when workers communicate, and which tensors they exchange.
         outer_factory: builds the outer optimizer from θ's trainable parameters.
         policies: see :class:`Policies`.
         seed: where the workers' random streams start; used for N > 1.
         scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
         schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
-        initial: what a worker's optimizer states are reset to; default: what they are now.
+        initial: states that ``inner_state="reset"`` gives a worker's optimizers; default: the present states.
         world: the processes that share the workers; default: this one hosts all.
         ordered: see :class:`~lightning_diloco.comm.channel.Channel`.
 
@@ -143,7 +157,7 @@ class Engine:
 
     @property
     def is_plain_run(self) -> bool:
-        """N = 1 with a plain average as outer step: nothing is swapped, the run is the plain run."""
+        """N = 1 with a plain average as outer step: nothing is swapped."""
         return self._live_module.is_plain_run
 
     def pack(self, seed: int) -> dict[str, Any]:
@@ -170,12 +184,12 @@ class Engine:
         return self.views.closed
 
     def _with_pending(self, state: ModelState) -> ModelState:
-        """``state`` with what was written into the module since the last turn."""
+        """``state`` with the outside changes since the last turn."""
         return state if self.views.open or self.finished else self._live_module.pending(state)
 
     @contextmanager
     def first_workers_state(self) -> Iterator[None]:
-        """Inside, the optimizers hold the first worker's state, whatever a validation hook made of them."""
+        """Inside, the optimizers hold the first worker's state, also during a validation."""
         with self._inner.first_activated():
             yield
 
@@ -199,21 +213,22 @@ class Engine:
         self._set_plain()
 
     def restart_optimizers(self) -> None:
-        """Takes the inner optimizers' present state as where every worker starts; before the first step only."""
+        """Every worker starts from the inner optimizers' present state; before the first step only."""
         self._inner.start_from_live()
 
     @contextmanager
     def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
-        """Worker ``worker``'s turn: weights, buffers, optimizer state, gradients, scaler and random stream are its own.
+        """A worker's turn: its weights, buffers, optimizer states, gradients, scaler and random stream are active.
 
-        What was written into the module or the optimizers since the last turn becomes every worker's first.
+        Outside changes of the module and the optimizers since the last turn are adopted first, by every worker.
 
         Args:
             worker: global id, hosted here.
             keep_gradients: keep ``p.grad`` for the worker's next turn instead of dropping it (gradient accumulation).
 
         Raises:
-            RuntimeError: parameters were added, removed, replaced or reshaped inside.
+            RuntimeError: parameters were added, removed, replaced or reshaped inside, or trained by an optimizer that
+                is none of ``optimizers``.
         """
         if self.current_worker is not None:
             raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
@@ -281,11 +296,11 @@ class Engine:
             self._guard.foreign_step(optimizer, self._replicas.layout, (self.current_worker, self.local_steps))
 
     def use_optimizers(self, optimizers: Sequence[Any], schedulers: Sequence[Any] = ()) -> None:
-        """Follows optimizers that were replaced between turns: every worker starts with a copy of the new one's state.
+        """Follows optimizers that were replaced between turns: every worker gets a copy of a new optimizer's state.
 
         Args:
-            optimizers: those that the training loop steps from now on; the ones it stepped before keep the workers'
-                states.
+            optimizers: the optimizers that the training loop steps from now on; workers keep their states of those that
+                stay.
             schedulers: as in the constructor.
 
         Raises:
@@ -341,7 +356,7 @@ class Engine:
             self._live_module.follow()
         self._inner.adopt_outside_changes()
         reports = self.algorithm.after_inner_step(self.local_steps)
-        if not reports and self.context.due(self.local_steps):  # an algorithm that meets in its own way, or never
+        if not reports and self.context.due(self.local_steps):  # the algorithm has not synchronised the processes
             self.world.gather_signals(f"the end of a round after {self.local_steps} local steps")
         return reports
 
@@ -351,13 +366,13 @@ class Engine:
         self._live_module.search()
 
     def broadcast_buffers_in_team(self) -> None:
-        """Where several processes make up a worker, its first one's buffers hold, as under DDP."""
+        """The buffers of a worker's first process become those of its whole team, as under DDP."""
         if self.world.team > 1:
             for w in self.local_workers:
                 self.world.broadcast_in_team([b for _, b in self._replicas.states[w].named_buffers()])
 
     def flush(self) -> Sequence[OuterStepReport]:
-        """One last synchronisation on a partial round; nothing if no step, or no change, is pending.
+        """A last synchronisation on a partial round; nothing if no step, or no change, is pending.
 
         If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
         synchronised all the same.
@@ -385,16 +400,16 @@ class Engine:
         self._live_module.set_plain(plain)
 
     def adopt_outside_changes(self) -> None:
-        """Adopts what was written into the module, also where it left no trace."""
+        """Adopts outside changes of the module, also where writing left no trace."""
         self._live_module.search()
         self._live_module.adopt_outside_changes()
 
     def expect_outside_changes(self) -> None:
-        """The next look at the module finds what was written into it without a trace, too."""
+        """The next comparison finds outside changes that left no trace, too."""
         self._live_module.search()
 
     def finish(self) -> None:
-        """Training is over: from here on the module holds θ, and what is written into it stays its own."""
+        """Training is over: from here on the module holds θ, and outside changes are not adopted."""
         was_plain, complete = self.is_plain_run, self.local_steps == self.context.round_start
         self._live_module.set_plain(False)
         if was_plain and complete:
@@ -416,7 +431,7 @@ class Engine:
             worker.gradients = {}
 
     def to(self, device: torch.device) -> None:
-        """Moves everything kept for after the fit."""
+        """Moves the states of the workers and θ, for after the fit."""
         if device != self._device:
             self._device = device
             self._replicas.to(device)

@@ -1,6 +1,6 @@
-"""Views of the weights: copies of a worker's, the mean or θ in the live module, for evaluation and for files.
+"""Views of the weights: a copy of a replica, of the mean, or of θ in the live module, for evaluation and for files.
 
-Owns the windows in which the live module shows such a copy, and what becomes of changes made inside. Does not own the
+Owns the windows in which the live module holds such a copy, and the fate of changes made inside. Does not own the
 module between turns (``state/live_module.py``). Imports nothing of Lightning.
 """
 
@@ -20,7 +20,7 @@ from lightning_diloco.state.replicas import ModelState, copy_buffers, is_floatin
 
 
 class Views:
-    """Windows in which the live module shows other weights.
+    """Windows in which the live module holds other weights.
 
     Args:
         context: the workers, θ and the channel.
@@ -32,8 +32,8 @@ class Views:
 
     Attributes:
         open: number of windows that are open.
-        closed: training is over: the module shows θ, and what is written into it stays.
-        outside_random: the process's generators, while a validation has a stream of its own.
+        closed: training is over: the module holds θ, and outside changes stay in it.
+        outside_random: states of the process's generators, while a validation has a random stream.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Views:
 
     @contextmanager
     def weights(self, which: int | EvalWeights) -> Iterator[None]:
-        """A copy of the chosen weights and buffers is in the module inside the block; what is written to it is dropped.
+        """Inside, a copy of the chosen weights and buffers is in the module; changes of the copy are dropped.
 
         Args:
             which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
@@ -77,7 +77,7 @@ class Views:
     def evaluation(self) -> Iterator[None]:
         """The window of a validation run: ``eval_weights`` in the module, parameters and inner state a sandbox.
 
-        Buffers that change inside are adopted by value. With N > 1 the window has a random stream of its own, so that
+        Buffers that change inside are adopted by value. With N > 1 the window has a separate random stream, so that
         training draws the same numbers however often it is validated. Optimizers with ``train()`` and ``eval()`` see
         the mean of the workers' inner states: schedule-free's evaluation weights are linear in it.
         """
@@ -105,8 +105,8 @@ class Views:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
 
         Args:
-            which: as in :meth:`weights`; None: what a checkpoint holds, that is ``eval_weights``, or what is live
-                during validation and after the end of training.
+            which: as in :meth:`weights`; None: the weights of a checkpoint, that is ``eval_weights``, or the live
+                weights during validation and after the end of training.
         """
         live = which is None and (self.open or self.closed or self._shows_eval_weights)
         with nullcontext() if live else self.weights(self._which if which is None else which):
