@@ -61,6 +61,7 @@ def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
         assert ("diloco/outer_step" in tags) == (row.run == "diloco")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
     byte_gpt = load("byte_gpt")
