@@ -9,10 +9,10 @@ strategy of ``lightning.pytorch``. Projects, and packages that build the Trainer
 From then on, and until the process ends, ``pytorch_lightning.x`` is the very module ``lightning.pytorch.x``, whatever
 is imported first; the package ``pytorch_lightning`` isn't read and need not be installed.
 
-Owns the import hook. Does not own the warning of a DilocoStrategy made without it (``strategy.py``).
+Elsewhere: the warning of a DilocoStrategy made without this import (``strategy.py``).
 
 Raises:
-    ImportError: one of the two packages has been imported already.
+    ImportError: ``pytorch_lightning`` or ``lightning_fabric`` has been imported already.
 """
 
 import importlib

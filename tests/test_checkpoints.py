@@ -571,18 +571,20 @@ def test_a_file_that_lacks_any_of_its_keys_is_damaged(setting: str) -> None:
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=4)
     for file in ("7.ckpt", "8.ckpt"):
         checkpoint = torch.load(file, weights_only=True)
-        checkpoint_format.check(checkpoint, 3, strategy._configured, "The file")
+        checkpoint_format.check(checkpoint, 3, strategy._settings.configured, "The file")
         paths = list(keys_of(checkpoint["diloco"], ("diloco",)))
         assert len(paths) > 250
         for path in [*paths, ("state_dict",), ("optimizer_states",), ("loops",), ("loops", "fit_loop", "state_dict")]:
             with pytest.raises(ValueError, match=r"^The file .*: the file is damaged\.$") as caught:
-                checkpoint_format.check(without(checkpoint, path), 3, strategy._configured, "The file")
+                checkpoint_format.check(without(checkpoint, path), 3, strategy._settings.configured, "The file")
             named = [str(key) for key in path if not isinstance(key, int)]
             assert any(key in str(caught.value) for key in named[1:] or named), (path, str(caught.value))
     theta = checkpoint["diloco"]["outer"]["parameters"]
     assert isinstance(theta, list)
     with pytest.raises(ValueError, match=rf"^The file lacks state_dict/{theta[0]}: the file is damaged\.$"):
-        checkpoint_format.check(without(checkpoint, ("state_dict", theta[0])), 3, strategy._configured, "The file")
+        checkpoint_format.check(
+            without(checkpoint, ("state_dict", theta[0])), 3, strategy._settings.configured, "The file"
+        )
 
 
 @pytest.mark.parametrize(

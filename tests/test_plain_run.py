@@ -247,7 +247,7 @@ def test_one_worker_without_a_sync_in_reach_trains_as_the_plain_run_through_the_
     for name in ("plain", "accumulate", "16-mixed-accumulate", "hooks", "manual", "warm_up", "plateau", "lbfgs"):
         plain, expected = run(name, "auto")
         ours, _ = run(name, strategy)
-        assert not strategy._engine.transparent
+        assert not strategy._engine.is_plain_run
         assert_same(strategy.worker_state_dict(0), expected.state_dict())
         for own, other in zip(ours.optimizers, plain.optimizers, strict=True):
             assert str(own.state_dict()) == str(other.state_dict())

@@ -74,7 +74,7 @@ def test_it_is_the_run_that_you_would_write_by_hand() -> None:
         assert_same(s.strategy.worker_state_dict(worker), strategy.worker_state_dict(worker))
 
 
-def test_the_table_of_the_readme_spells_the_same_run() -> None:
+def test_the_table_of_the_guide_spells_the_same_run() -> None:
     """Every row of it at once; the cosine is computed in another way there, so not bit for bit."""
     log, losses, data = Log(), {}, classes(90)  # 8 steps per pass, of which the last is short: 15 in two passes
     s = trained(

@@ -301,10 +301,10 @@ def test_a_seed_is_forgotten_after_the_run(monkeypatch: Any) -> None:
             monkeypatch.setenv("PL_GLOBAL_SEED", before)
         else:
             monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-        assert trained(max_local_step=1).strategy._seed == 5
+        assert trained(max_local_step=1).strategy._fit._seed == 5
         assert os.environ.get("PL_GLOBAL_SEED") == before
         torch.manual_seed(11)
-        assert trained(max_local_step=1, seed=None).strategy._seed == int(before or 11)
+        assert trained(max_local_step=1, seed=None).strategy._fit._seed == int(before or 11)
 
 
 def test_strategy_kwargs() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_diloco import DilocoSimulator
-from lightning_diloco.simulator.facade import _OWN_STRATEGY_ARGUMENTS, _OWN_TRAINER_ARGUMENTS
+from lightning_diloco.simulator.facade import _STRATEGY_ARGUMENTS, _TRAINER_ARGUMENTS
 from lightning_diloco.simulator.module import SimulatorModule
 
 
@@ -29,9 +29,9 @@ def test_other_batches_get_an_error_that_says_what_to_do_and_that_works() -> Non
         with pytest.raises(MisconfigurationException) as caught:
             trained(train_dataset=data)
         assert str(caught.value) == (
-            f"The dataset's batches are a {size}, but must be pairs `(x, y)`. For others, override `split(self, batch)`"
-            " in a subclass of lightning_diloco.simulator.SimulatorModule so that it returns `(x, y)`, and set"
-            " `module_cls` to it in a subclass of DilocoSimulator."
+            f"The dataset's batches are a {size}, but must be pairs `(x, y)`. For other batches, override"
+            " `split(self, batch)` in a subclass of lightning_diloco.simulator.SimulatorModule so that it returns"
+            " `(x, y)`, and set `module_cls` to that subclass in a subclass of DilocoSimulator."
         )
 
     class Labelled(SimulatorModule):
@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_one_number_is_refused() -> None:
         with pytest.raises(MisconfigurationException) as caught:
             trained(loss_fn=loss_fn)
         assert str(caught.value) == (
-            f"`loss_fn` returned {found}, but must return a tensor with one number: the mean over the batch."
+            f"`loss_fn` returned {found}, but must return a tensor with a single number: the mean over the batch."
         )
 
 
@@ -112,15 +112,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"eval_loss_hook": print},
         "`eval_loss_hook` was given without `eval_dataset` and would never be called. Give both.",
     ),
-    ({"ckpt_interval": 2}, "`ckpt_interval` (=2) was given without `save_dir`. Say where the files go."),
+    ({"ckpt_interval": 2}, "`ckpt_interval` (=2) was given without `save_dir`. Give the folder of the files."),
     ({"seed": -1}, "`seed` (=-1) must be an integer from 0 to 2**32 - 1, or None."),
     ({"train_dataset": Stream()}, LENGTH.format("train_dataset")),
     ({"eval_dataset": Stream()}, LENGTH.format("eval_dataset")),
-    ({"eval_dataset": classes(0)}, "`eval_dataset` is empty. Leave it out, or give it samples."),
+    ({"eval_dataset": classes(0)}, "`eval_dataset` is empty. Leave the argument out, or give a dataset with samples."),
     (
         {"train_dataset": classes(11)},
         "The run would have no step: `num_epochs` (=1) times 11 samples are fewer than `batch_size` (=4) times"
-        " `num_nodes` (=3). Lower one of these two, or raise `num_epochs`.",
+        " `num_nodes` (=3). Lower `batch_size` or `num_nodes`, or raise `num_epochs`.",
     ),
     ({"model_kwargs": [1]}, "`model_kwargs` (=[1]) must be a dict or None."),
     (
@@ -140,22 +140,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"strategy_kwargs": {"num_nodes": 3}},
         "`strategy_kwargs` has 'num_nodes' (=3), which is decided by the simulator's argument of the same name. Leave"
-        " it out.",
+        " 'num_nodes' out.",
     ),
     ({"strategy_kwargs": {"buffers": "typo"}}, "`buffers` (='typo') must be one of 'average', 'first', 'local'."),
     ({"outer_optimizer_kwargs": {"lr": -1.0}}, "The outer optimizer can't be built: "),
     ({"trainer_kwargs": {"max_step": 3}}, "`trainer_kwargs` (="),
     (
         {"trainer_kwargs": {"max_steps": 3}},
-        "`trainer_kwargs` has 'max_steps' (=3), which is decided by `max_local_step`. Leave it out.",
+        "`trainer_kwargs` has 'max_steps' (=3), which is decided by `max_local_step`. Leave 'max_steps' out.",
     ),
     (
         {"trainer_kwargs": {"strategy": "ddp"}},
-        "`trainer_kwargs` has 'strategy' (='ddp'), which is decided by `strategy_kwargs`. Leave it out.",
+        "`trainer_kwargs` has 'strategy' (='ddp'), which is decided by `strategy_kwargs`. Leave 'strategy' out.",
     ),
     (
         {"trainer_kwargs": {"limit_val_batches": 3}},
-        "`trainer_kwargs` has 'limit_val_batches' (=3), which is decided by `eval_iters`. Leave it out.",
+        "`trainer_kwargs` has 'limit_val_batches' (=3), which is decided by `eval_iters`. Leave 'limit_val_batches'"
+        " out.",
     ),
 ]
 
@@ -167,10 +168,12 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     assert str(caught.value).startswith(message) if message.endswith((" ", "(=")) else str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", [*_OWN_TRAINER_ARGUMENTS, *_OWN_STRATEGY_ARGUMENTS])
+@pytest.mark.parametrize("name", [*_TRAINER_ARGUMENTS, *_STRATEGY_ARGUMENTS])
 def test_what_the_simulator_decides_can_t_be_given_twice(name: str) -> None:
-    where = "trainer_kwargs" if name in _OWN_TRAINER_ARGUMENTS else "strategy_kwargs"
-    with pytest.raises(ValueError, match=rf"^`{where}` has '{name}' \(=1\), which is decided by .*\. Leave it out\.$"):
+    where = "trainer_kwargs" if name in _TRAINER_ARGUMENTS else "strategy_kwargs"
+    with pytest.raises(
+        ValueError, match=rf"^`{where}` has '{name}' \(=1\), which is decided by .*\. Leave '{name}' out\.$"
+    ):
         simulator(**{where: {name: 1}})
 
 

@@ -117,8 +117,9 @@ def test_resuming_can_t_begin_or_end_the_cosine(cosine_anneal: bool) -> None:
     with pytest.raises(MisconfigurationException) as caught:
         simulator(cosine_anneal=cosine_anneal).train("files/step=000004.ckpt")
     assert str(caught.value) == (
-        f"The checkpoint was written by a run with `cosine_anneal` (={not cosine_anneal}) and can't go on with"
-        f" `cosine_anneal` (={cosine_anneal}): its learning rate is where that run had it. Resume with the same."
+        f"The checkpoint was written by a run with `cosine_anneal` (={not cosine_anneal}) and can't be resumed with"
+        f" `cosine_anneal` (={cosine_anneal}), since the learning rate in the file follows that setting. Resume with"
+        f" `cosine_anneal={not cosine_anneal}`."
     )
     module = SimulatorModule.load_from_checkpoint("files/final.ckpt", model=Classifier(), loss_fn=F.cross_entropy)
     module.test_step = lambda batch, batch_idx: module.log("loss", module.evaluate(batch)[0])

@@ -205,7 +205,9 @@ def test_a_run_that_gets_nowhere_ends() -> None:
 
     with pytest.raises(RuntimeError, match=r"^The model or `loss_fn` raised StopIteration\.$"):
         trained(loss_fn=lambda output, y: next(iter(())))
-    with pytest.raises(RuntimeError, match=r"^A pass over `train_dataset` brought no step beyond 0, and so would the"):
+    with pytest.raises(
+        RuntimeError, match=r"^A pass over `train_dataset` ended without a local step \(local steps: 0\)"
+    ):
         trained(train_dataset=Empty(*classes(120).tensors))
 
 

@@ -1,8 +1,8 @@
 """Lightning's collective operations over the processes of a run: ``barrier``, ``sync_dist`` and their like.
 
-Owns when a collective is left out: in one process, and in a process that an exception ends, which would wait for the
-others forever. Each collective gathers a label first, so that processes that call different ones get an error instead
-of a deadlock. Private because Lightning's rules for ``reduce_op`` have no public name.
+Owns when a collective is left out: in a run of a single process, and in a process that an exception ends, which would
+wait for the others until the timeout. Each collective gathers a label first: processes in different collectives get an
+error instead of a deadlock. Private because Lightning's rules for ``reduce_op`` have no public name.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ class CollectiveStrategy(ProcessStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:
-            self._world.gather_all("a barrier", detail=" ".join(map(repr, args)))  # whose names may differ
+            self._world.gather_all("a barrier", detail=" ".join(map(repr, args)))  # names may differ
         if args == (_START_OF_FIT,) and self._fit is not None and self._fit.in_trial:
             self._fit.end_trial()
 

@@ -1,6 +1,6 @@
 """Lightning's connectors for signals and for data, as several workers need them, for the time of a run.
 
-Owns what a signal does while workers train, and which sampler a loader gets that is not divided among workers. Private
+Owns the effect of a signal while workers train, and the sampler of a loader that is not sharded among workers. Private
 because a Trainer's connectors have no public names.
 """
 
@@ -20,7 +20,7 @@ from lightning_diloco.fit import Fit
 
 
 class _Host(Protocol):
-    """As much of the strategy as connectors need."""
+    """The part of the strategy that connectors need."""
 
     _world: World
     _fit: Fit | None
@@ -35,15 +35,15 @@ def _host(trainer: Trainer) -> _Host:
 
 
 class DilocoSignalConnector(Reclassed, _SignalConnector):
-    """What signals do where several workers train: they wait until all workers are at the same step.
+    """Signals take effect when all workers are at the same step.
 
-    Lightning's handler of SIGTERM broadcasts in the middle of whatever the processes are doing, and its loop broadcasts
-    before every batch to receive that; its handler of SLURM's requeue signal saves a file in the middle of a worker's
-    turn. Here a process notes what it was told, and :meth:`obey` acts where a file can be saved: after a batch of
-    training or validation, and after the last outer step. With several processes that is after the next
-    synchronisation, where all have learnt of it; when training is over, it is too late for them.
+    Lightning's handler of SIGTERM broadcasts in the middle of other collectives, and its loop broadcasts before every
+    batch to receive that; its handler of SLURM's requeue signal saves a file in the middle of a worker's turn. Here the
+    handler notes the signal, and :meth:`obey` acts where a file can be saved: after a batch of training or validation,
+    and after the last outer step. With several processes that is after the next synchronisation, which tells all
+    processes of the signal; a signal after the last synchronisation has no effect on them.
 
-    The handlers stay registered for a while after this class has been taken back, hence no ``super()``.
+    The handlers stay registered for a while after this class has been removed, hence no ``super()``.
     """
 
     @override
@@ -66,7 +66,7 @@ class DilocoSignalConnector(Reclassed, _SignalConnector):
             _SignalConnector._slurm_sigusr_handler_fn(self, signum, frame)
 
     def obey(self) -> None:
-        """Does, on all processes, what the signals ask for."""
+        """Requeues or stops, on all processes, if a signal has asked for it."""
         strategy = _host(self.trainer)
         world, in_trial = strategy._world, strategy._fit is not None and strategy._fit.in_trial
         known = world.signals if world.size == 1 else world.known_signals
@@ -110,8 +110,8 @@ _CLASSES: dict[str, type] = {  # attribute of the Trainer → its class during a
 
 def install_connectors(trainer: Trainer) -> None:
     """Re-classes the connectors of ``trainer`` for a run."""
-    for name, ours in _CLASSES.items():
-        getattr(trainer, name).__class__ = ours
+    for name, cls in _CLASSES.items():
+        getattr(trainer, name).__class__ = cls
 
 
 def uninstall_connectors(trainer: Trainer) -> None:

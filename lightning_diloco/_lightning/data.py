@@ -16,7 +16,7 @@ Indices and batches that are sharded from a sampler are made divisible by N by r
 ``drop_last``), as ``DistributedSampler`` does. Where a worker has k processes, N·k takes the place of N, and member j
 of worker i's team reads shard j·N + i.
 
-Owns the functions by which the loops and the strategy shard loaders. Does not own when batches are fetched (Lightning's
+Owns the functions by which the loops and the strategy shard loaders. Elsewhere: when batches are fetched (Lightning's
 fetcher).
 """
 

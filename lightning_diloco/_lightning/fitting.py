@@ -1,7 +1,7 @@
 """Lightning's Strategy hooks that serve a fit.
 
-Owns the translation between Lightning's hooks and :class:`~lightning_diloco.fit.Fit`. Does not own processes
-(``process.py``), nor the arguments and the values that users read (``strategy.py``).
+Owns the translation between Lightning's hooks and :class:`~lightning_diloco.fit.Fit`. Elsewhere: processes
+(``process.py``), the arguments and the values that users read (``strategy.py``).
 """
 
 import warnings
@@ -59,7 +59,7 @@ class FitStrategy(TeamStrategy):
     @property
     @override
     def is_global_zero(self) -> bool:
-        """Whether this is process 0, and the turn of worker 0 or nobody's."""
+        """Whether this is process 0, outside turns or in the turn of worker 0."""
         return super().is_global_zero and not self._current_worker
 
     @property
@@ -87,11 +87,11 @@ class FitStrategy(TeamStrategy):
         installation.install(trainer)
 
     def _attach_callback(self, callbacks: list[Any], fit: Fit) -> None:
-        """The automatic callback joins once; a DilocoCallback of the user's takes its place."""
-        own = [c for c in fit.reporters if c is not self._callback]
-        if self._callback in callbacks and own:
+        """Adds the automatic callback, unless the user has added a DilocoCallback."""
+        of_the_user = [c for c in fit.reporters if c is not self._callback]
+        if self._callback in callbacks and of_the_user:
             callbacks.remove(self._callback)
-        elif self._callback not in callbacks and not own and not self._is_plain_run:
+        elif self._callback not in callbacks and not of_the_user and not self._is_plain_run:
             callbacks.insert(0, self._callback)
 
     @override
@@ -137,7 +137,7 @@ class FitStrategy(TeamStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The first worker's, an ordinary state that resumes anywhere; also during validation."""
+        """The state of the first worker's optimizer, which any strategy can resume; also during validation."""
         if self._fit is not None:
             self._fit.follow_optimizers()
         with nullcontext() if self._started is None else self._started.first_workers_state():

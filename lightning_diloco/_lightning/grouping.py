@@ -1,7 +1,7 @@
-"""From consecutive batches of a loader to groups: one batch of each worker.
+"""Consecutive batches of a loader become groups with a batch of each worker.
 
-Owns :class:`WorkerBatches` and the errors about epochs that make no group. Does not own which batches a loader fetches
-(``samplers.py``, ``loaders.py``).
+Owns :class:`WorkerBatches` and the errors about epochs that make no group. Elsewhere: which batches a loader fetches
+(``samplers.py``, ``reading.py``).
 """
 
 import copy
@@ -21,7 +21,7 @@ LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} w
 
 
 class WorkerBatches:
-    """One batch per worker hosted here. A leaf for functions that walk nested collections."""
+    """A batch per worker hosted here. A leaf for functions that walk nested collections."""
 
     def __init__(self, by_worker: dict[int, Any]) -> None:
         self.by_worker = by_worker

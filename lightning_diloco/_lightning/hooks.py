@@ -1,6 +1,6 @@
-"""Hooks that the project brings, and who may write to loggers and the terminal while one runs.
+"""The project's hooks, and the rank under which they write to loggers and the terminal.
 
-Owns two questions: whether calling a hook can do anything, and what "rank zero" means in a worker's turn. Private
+Owns two questions: whether calling a hook has an effect, and the meaning of "rank zero" in a worker's turn. Private
 because Lightning's ``is_overridden`` looks through decorators and misses hooks that were put on the instance, and
 because its rank-zero decorators read an attribute of a function.
 """
@@ -19,9 +19,9 @@ _FILES = {inspect.getfile(base) for base in (LightningModule, ModelHooks, Lightn
 
 
 def does_something(owner: Any, hook: str) -> bool:
-    """Whether calling ``owner.hook`` runs anything but the method that Lightning's base classes define.
+    """Whether calling ``owner.hook`` runs other code than the method of Lightning's base classes.
 
-    By where the code stands, so that a patched base class and a wrapper on the instance count as the project's.
+    The file of the code decides, so that a patched base class and a wrapper on the instance count as the project's.
     """
     called = getattr(owner, hook)
     if not isinstance(called, MethodType) or not isinstance(called.__func__, FunctionType):

@@ -1,7 +1,7 @@
-"""Gives a Trainer the loops of ``loops.py`` for a fit, and takes them back at its end.
+"""Gives a Trainer the loops of ``loops.py`` for a fit, and restores Lightning's at its end.
 
-Owns the re-classing of the live loop objects of one Trainer; nothing global is patched. Does not own the check of the
-private names that the loops use (``surface.py``).
+Owns the re-classing of the live loop objects of a single Trainer; nothing global is patched. Elsewhere: the check of
+the private names that the loops use (``surface.py``).
 """
 
 from typing import Any
@@ -49,18 +49,18 @@ def install(trainer: Trainer) -> None:
 
 
 def prepare(trainer: Trainer, world: World, per_worker: bool) -> None:
-    """Processes and workers are known; ``per_worker`` keeps logged values of each worker, too."""
+    """Tells the results the processes and workers; ``per_worker`` keeps the logged values of each worker, too."""
     results = trainer.fit_loop.epoch_loop._results
     assert isinstance(results, WorkerResults)
     results.prepare(world, per_worker, trainer._logger_connector)
 
 
 def uninstall(trainer: Trainer) -> None:
-    """Gives the loops their classes back, and the user's loaders to the loader collection they came in."""
+    """Restores the loops' classes, and the user's loaders in the CombinedLoader in which they came."""
     fit_loop = trainer.fit_loop
     if fit_loop._combined_loader is not None:
-        fit_loop._combined_loader.reset()  # ends the processes of the sharded loaders, which are about to be let go
-        fit_loop._data_fetcher = None  # its own teardown would now ask the loader for a length that it no longer knows
+        fit_loop._combined_loader.reset()  # ends the processes of the sharded loaders, which are about to be dropped
+        fit_loop._data_fetcher = None  # its teardown would ask for the length of a loader that is gone
         fit_loop._combined_loader.flattened = [original(loader) for loader in fit_loop._combined_loader.flattened]
     for holder in _live_objects(trainer):
         give_back(holder)

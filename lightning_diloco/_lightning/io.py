@@ -1,11 +1,11 @@
-"""Writing checkpoint files so that a kill at any moment leaves the previous file or the new one, never half of one.
+"""Writes checkpoint files so that a kill at any moment leaves the previous file or the new file, never a torn file.
 
-Lightning's own writer composes the file in the system's temporary folder and, if that is another file system than the
+Lightning's writer composes the file in the system's temporary folder and, if that is another file system than the
 target's, copies it: a kill during the copy leaves a torn file.
 
 A file under way is called ``.diloco-<machine>-<random>.part``: short, whatever the target's name, and nothing that
 Lightning looks for in a folder. Its writer holds a lock on it, which ends with the process however that ends, so that
-the next save can tell the leftovers of killed processes from files that somebody writes.
+the next save can tell the leftovers of killed processes from files that are being written.
 """
 
 import errno
@@ -40,7 +40,7 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, err
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file beside the target, flushes it to the disk, and renames it over the target.
 
-    Remote paths (``s3://…``) are left to Lightning, whose file systems commit at the end.
+    Remote paths (``s3://…``) are left to Lightning: their file systems commit at the end.
     """
 
     @override
@@ -117,7 +117,7 @@ def _create(folder: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes have left; whatever goes wrong here is no reason not to save."""
+    """Removes the files that killed processes have left; an error here must not prevent the save."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             if entry.name.startswith(".diloco-") and entry.name.endswith(".part"):
@@ -126,10 +126,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _remove_leftover(entry: os.DirEntry[str]) -> None:
-    """Removes a file that nobody writes.
+    """Removes a file that no process writes.
 
-    Locks tell on the machine of the writer; from another one they don't on every file system, but a file that nobody
-    has written to for an hour is a leftover.
+    On the writer's machine the lock tells. From another machine it doesn't on every file system; there a file without
+    a write for an hour counts as a leftover.
 
     Raises:
         OSError: it is locked, or locks don't exist here.
@@ -158,7 +158,7 @@ def _prefix() -> str:
 
 
 def _sync(descriptor: int) -> None:
-    """Makes what was written last through a crash of the machine, on file systems that can."""
+    """Flushes to the disk, so that the data survive a crash of the machine, on file systems that can."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -188,7 +188,7 @@ def is_truncated(io: CheckpointIO, path: Any) -> bool:
         io = io.checkpoint_io
     file_system, local_path = url_to_fs(str(path))
     if not (isinstance(io, TorchCheckpointIO) and isinstance(file_system, LocalFileSystem)):
-        return False  # formats and places that only others know
+        return False  # unknown formats and places
     if not os.path.isfile(local_path):
         return False
     with open(local_path, "rb") as file:

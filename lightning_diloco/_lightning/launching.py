@@ -1,7 +1,7 @@
-"""How further processes on this machine begin, and how all of them end.
+"""Launchers of further processes on this machine, and the watch over a process's parent.
 
-Owns the launchers and the watch over a parent process. Does not own what a process does in between, nor what signals
-do (``connectors.py``). Private because Lightning's launchers have no public names.
+Elsewhere: the run of a process (``process.py``), signals (``connectors.py``). Private because the launchers have
+no public names.
 """
 
 import importlib
@@ -30,7 +30,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             del os.environ[_PARENT]
 
     def end(self) -> None:
-        """The processes this one has started would wait for it in vain."""
+        """Kills the processes that this process has started, which would wait for it until their timeout."""
         for process in self.procs:
             process.kill()
             process.wait()
@@ -47,7 +47,7 @@ class CopyLauncher(_MultiProcessingLauncher):
 
 
 class _Import:
-    """Is pickled as the import of a module."""
+    """Pickles as the import of a module."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -58,15 +58,15 @@ class _Import:
 
 
 def watch_parent(launcher: Any, environment: Any, spare: Callable[[], bool]) -> Callable[[], None]:
-    """Ends this process when the one that started it is gone: the next exchange, which would fail, may be far away.
+    """Ends this process when its parent has exited: the next collective, which would fail, may be far away.
 
     Args:
-        launcher: what started this process, if Lightning did.
+        launcher: the launcher that started this process, if Lightning did.
         environment: the cluster environment.
         spare: whether this process is about to end by itself.
 
     Returns:
-        What ends the watch: a process may outlive its parent when it waits for nobody.
+        A function that ends the watch: a process that waits for no other may outlive its parent.
     """
     over = threading.Event()
     started = os.environ.get(_PARENT) == str(os.getppid())  # else it is inherited from further up

@@ -1,7 +1,7 @@
 """The loader that training reads, which serves all workers, and the loader that hooks see, which is the first worker's.
 
-Owns the position in an epoch, and the surface on which Lightning and projects find the user's loader again. Does not
-own the reading (``reading.py``).
+Owns the position in an epoch, and the surface on which Lightning and projects find the user's loader again. Elsewhere:
+the reading (``reading.py``).
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class _Place:
 
 
 class ShardedLoader:
-    """Yields one batch per worker hosted here and local step. Other attributes are those of a copy of the loader."""
+    """Yields a batch per worker hosted here and local step. Other attributes are those of a copy of the loader."""
 
     _loader: Any
     _plan: ShardPlan

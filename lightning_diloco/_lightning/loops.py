@@ -1,11 +1,9 @@
-"""Lightning's training loop, with every worker inside one of its steps.
+"""Lightning's training loop, with a local step of every worker inside each of its steps.
 
-Owns *when*: where in the loop the workers have their turns, where a round ends, what is live during validation. Holds
-no state of its own, so that ``loop.state_dict()`` stays Lightning's. ``installation.py`` gives a Trainer these loops
-for the time of a fit.
-
-Private because no public hook sees every path: while accumulating gradients Lightning calls the closure without the
-strategy, and between the loop and ``Strategy.optimizer_step`` stands the user's own ``optimizer_step``.
+Owns *when*: where in the loop the workers have their turns, where a round ends, which weights are live during
+validation. Holds no state, so that ``loop.state_dict()`` stays Lightning's. Elsewhere: a turn (``turns.py``), and how a
+Trainer gets these loops for the time of a fit (``installation.py``). Private because Lightning's loops have no hooks at
+these places and no public names.
 """
 
 from collections import OrderedDict
@@ -55,14 +53,16 @@ class DilocoFitLoop(Reclassed, _FitLoop):
             show_first_workers(self._combined_loader)
         if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher) and fit.shards_data:
             raise MisconfigurationException(
-                "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't deal them"
+                "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't give them"
                 " to its workers. Use `training_step(self, batch, batch_idx)`."
             )
 
     @property
     def restarting(self) -> bool:
-        """Whether an unfinished epoch goes on. With ``max_steps`` Lightning says so after a complete one, too: it then
-        runs an empty epoch, and the next one reads the data of the one after it.
+        """Whether an unfinished epoch goes on.
+
+        With ``max_steps`` Lightning says so after a complete epoch, too. It then runs an empty epoch, and the following
+        epoch would read the wrong data.
         """
         return bool(self._restarting)
 
@@ -76,7 +76,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
     @property
     @override
     def skip(self) -> bool:
-        """Resumed from a file of the last local step, the outer step on the partial round is still to come."""
+        """Whether nothing is left to do. After the last local step a resumed run may still owe its last outer step."""
         pending = self._fit.awaits_final_sync and self.trainer.limit_train_batches != 0
         return super().skip and not pending
 
@@ -124,7 +124,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
 
 
 class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
-    """The loop over batches: one Lightning step is one local step of every worker."""
+    """The loop over batches: a Lightning step is a local step of every worker."""
 
     @override
     def advance(self, data_fetcher: _DataFetcher) -> None:
@@ -133,10 +133,11 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         trainer, fit = self.trainer, fit_of(self.trainer)
         engine, module, connector = fit.engine, trainer.lightning_module, trainer._logger_connector
         turns = WorkerTurns(self)
-        fit.keeps_gradients = looks_at_gradients(trainer)
+        fit.keeps_gradients = fit.keeps_gradients or looks_at_gradients(trainer)
+        engine.progress.manual = not module.automatic_optimization
         fit.follow_optimizers()
-        # Lightning's own loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
-        iterator = None  # of a `training_step(self, dataloader_iter)`, which only a single worker can have
+        # Lightning's loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
+        iterator = None  # of a `training_step(self, dataloader_iter)`, which only N = 1 permits
         if isinstance(data_fetcher, _DataLoaderIterDataFetcher):
             iterator, batch_idx = next(data_fetcher), data_fetcher._batch_idx
             self.batch_progress.is_last_batch = data_fetcher.done
@@ -146,7 +147,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             batch_idx = self.batch_idx + 1
             self.batch_progress.is_last_batch = data_fetcher.done
             workers, combined = engine.local_workers, data_fetcher.combined_loader
-            # what no loader was sharded for is handed through untouched
+            # a batch of the user's loader is handed through untouched
             batches = turns.transfer(split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched})
             given = {w: batch for w, batch in batches.items() if batch is not None}
         batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
@@ -164,7 +165,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         if given:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            left = {w: b for w, b in given.items() if w not in engine.torn_step}  # all, but in a step torn by an error
+            left = {w: b for w, b in given.items() if w not in engine.progress.done}  # all, but in a torn step
             responses = turns.hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
@@ -178,7 +179,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                     end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
                     end_hook_is_due = False
                 if self.automatic_optimization._skip_backward:
-                    engine.forget_step()  # SWA's pass for BatchNorm statistics trains nothing
+                    engine.progress.forget()  # SWA's pass for BatchNorm statistics trains nothing
                 else:
                     self._end_step()
         counted = engine.local_steps > steps_before
@@ -196,9 +197,12 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self.batch_progress.is_last_batch = data_fetcher.done
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         if end_hook_is_due:
-            with engine.counted_batch(counted):
+            engine.progress.counted = counted
+            try:
                 end_hook()
-            if engine.stepped:
+            finally:
+                engine.progress.counted = False
+            if engine.progress.stepped:
                 self._end_step()
         _obey_signals(trainer)
         connector.on_batch_end()
@@ -221,11 +225,11 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         should = super()._should_check_val_fx(data_fetcher)
         if self.trainer._val_check_time_interval is None:
             return should
-        # every process has a clock of its own
+        # the processes' clocks differ
         return bool(fit_of(self.trainer).world.decided_by_first(lambda: should))
 
     def _resumes_after_validation(self, data_fetcher: _DataFetcher) -> bool:
-        """After loading a checkpoint saved around a validation: whether this call has no batch to train on."""
+        """Whether a run, resumed from a file saved around a validation, has no batch to train on in this call."""
         if self.restarting and self._should_check_val_fx(data_fetcher):
             if self.val_loop.restarted_mid_evaluation:
                 return True
@@ -233,7 +237,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                 self._skip_next_val = True
                 return True
             several = fit_of(self.trainer).engine.num_workers > 1
-            with isolate_rng() if several else nullcontext():  # it draws a seed for the loader, which is not read
+            with isolate_rng() if several else nullcontext():  # it draws a seed for a loader that is not read
                 self.val_loop.increment_progress_to_evaluation_end()
         self.val_loop.restarting = False
         return False
@@ -244,18 +248,17 @@ class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
 
     @override
     def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
-        if (
-            fit_of(self.trainer).world.team > 1
-        ):  # whose members are data-parallel: Lightning refuses a step without a loss
+        # Lightning refuses a step without a loss in several processes, because under DDP they wait for each other in
+        # every backward pass. That is true of the members of a team only.
+        if fit_of(self.trainer).world.team > 1:
             return super()._training_step(kwargs)
-        # Lightning refuses it in several processes, too, which wait for each other in every backward pass under DDP
         output = call._call_strategy_hook(self.trainer, "training_step", *kwargs.values())
         self.trainer.strategy.post_training_step()
         return self.output_result_cls.from_training_step_output(output, self.trainer.accumulate_grad_batches)
 
 
 class DilocoValidationLoop(Reclassed, _EvaluationLoop):
-    """Validation during fit, which sees the weights that ``eval_weights`` names."""
+    """Validation during fit, with the weights of ``eval_weights`` in the live module."""
 
     @override
     def run(self) -> list[Any]:
@@ -270,13 +273,13 @@ class DilocoValidationLoop(Reclassed, _EvaluationLoop):
 
 
 def _mean_loss(outputs: Mapping[int, Outputs]) -> Outputs | None:
-    """What callbacks get: the first worker's outputs with the mean loss of all."""
+    """The outputs for callbacks: the first worker's, with the mean loss of all workers."""
     if len(outputs) < 2:
         return next(iter(outputs.values()), None)
     first = next(iter(outputs.values()))
     losses = [o["loss"] for o in outputs.values() if isinstance(o.get("loss"), torch.Tensor)]
     if not isinstance(first.get("loss"), torch.Tensor) or any(loss.numel() != 1 for loss in losses):
-        return first  # manual optimization may call anything its loss
+        return first  # under manual optimization "loss" may be any object
     return {**first, "loss": torch.stack([mean_type(loss).reshape(()) for loss in losses]).mean()}
 
 

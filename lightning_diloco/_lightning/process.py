@@ -1,7 +1,7 @@
-"""How a run of one process or many begins and ends: launcher, torch's process group, the module on the device.
+"""How a run of one or several processes begins and ends: launcher, torch's process group, the module on the device.
 
-Does not own the launchers (``launching.py``), the collectives in between (``collectives.py``), which process hosts
-which worker (``comm/world.py``), nor the gradients of a worker that has several processes (``team.py``).
+Elsewhere: the launchers (``launching.py``), the collectives in between (``collectives.py``), which process hosts which
+worker (``comm/world.py``), the gradients of a worker that has several processes (``team.py``).
 """
 
 import atexit
@@ -38,7 +38,7 @@ from lightning_diloco.fit import Fit
 
 
 class ProcessStrategy(RankedStrategy):
-    """Runs a Trainer in one process, or in W = devices · machines of them.
+    """Runs a Trainer in W = devices · machines processes.
 
     Args:
         num_workers: N, which W must divide or be a multiple of.
@@ -115,10 +115,10 @@ class ProcessStrategy(RankedStrategy):
             self._world = World(self._num_workers)
             return
         self._end_watch()  # of an earlier run that an exception ended
-        # processes that have agreed to stop end by themselves, when they have saved what they can
+        # processes that have agreed to stop save their files, and then end by themselves
         self._end_watch = watch_parent(self._launcher, self.cluster_environment, spare=lambda: self._world.stopping)
         if self._num_workers == 1:
-            reset_seed()  # as DDP does; several workers have random streams of their own
+            reset_seed()  # as DDP does; several workers have a random stream each
         self.set_world_ranks()
         assert self.cluster_environment is not None
         device = self.root_device
@@ -210,7 +210,7 @@ _open_worlds: WeakSet[World] = WeakSet()
 
 
 def _close_group() -> None:
-    """Gives the process group back, whose threads end with the last reference to it."""
+    """Destroys the process group; its threads end with the last reference to it."""
     for world in list(_open_worlds):
         world.disconnect()
     _destroy_dist_connection()

@@ -1,6 +1,6 @@
 """The strategy's ranks and devices.
 
-Owns the numbers by which Lightning and projects tell processes apart. Does not own which process hosts which worker
+Owns the numbers by which Lightning and projects tell processes apart. Elsewhere: which process hosts which worker
 (``comm/world.py``).
 """
 
@@ -17,8 +17,8 @@ from lightning_diloco._lightning.trainers import SharedStrategy
 class _Assignable:
     """A number that the processes determine, unless it is assigned.
 
-    In Lightning's single-device strategy these numbers are plain attributes, which some projects set. An assigned
-    number is what others read; the strategy itself goes by its processes.
+    In Lightning's single-device strategy these numbers are plain attributes, which some projects set. Others read the
+    assigned number; the strategy itself goes by its processes.
     """
 
     def __init__(self, number: Callable[["RankedStrategy"], int]) -> None:
@@ -40,7 +40,7 @@ class _Assignable:
 
 
 class RankedStrategy(SharedStrategy):
-    """A strategy for one process, or for W = devices · machines of them.
+    """A strategy for W = devices · machines processes.
 
     The base is Lightning's strategy for a single device, with the attributes of the parallel strategies added, which
     Lightning looks for by name. Lightning refuses ``torch.compile``d modules under other classes, refuses parallel

@@ -1,6 +1,6 @@
-"""One pass over the user's loader: the shallow copy that training reads, and the groups of batches that it yields.
+"""A pass over the user's loader: the shallow copy that training reads, and the groups of batches that it yields.
 
-Owns the order of reading and the source of a loader's random draws. The user's loader stays untouched. Does not own
+Owns the order of reading and the source of a loader's random draws. The user's loader stays untouched. Elsewhere:
 which samples a worker gets (``samplers.py``).
 
 Loaders are read in order, with ``DataLoader(in_order=False)`` too, which permits but doesn't ask for another order: the
@@ -43,7 +43,7 @@ def copied(loader: Any, sampler: WorkerSampler | None, plan: ShardPlan, workers:
 def read(
     source: Any, sampler: WorkerSampler | None, plan: ShardPlan, workers: Sequence[int], epoch: int, skip: int = 0
 ) -> Iterator[WorkerBatches]:
-    """One pass over ``source``, whose first ``skip`` local steps are left out.
+    """A pass over ``source`` without its first ``skip`` local steps.
 
     Torch's loaders with a sampler skip by index. Other sources are read from the start, because only reading tells
     their order. Their draws from torch's generator come from (seed, loader, epoch): a source yields the same batches

@@ -1,4 +1,4 @@
-"""What live objects of Lightning keep while they have a class of ours: their name, and how they are copied.
+"""Live objects of Lightning that have a class of ours for a while: their name stays, and copies are Lightning's.
 
 Private because Lightning's profilers, logs and messages name loops by their class, which has no public name.
 """
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 class Reclassed:
-    """Mixed in before the class of Lightning's that a subclass extends, in which copies and pickles come out."""
+    """Mixed in before the class of Lightning's that a subclass extends; copies and pickles have Lightning's class."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -26,7 +26,7 @@ class Reclassed:
 
 
 def give_back(holder: Any) -> None:
-    """The object has Lightning's class again, and nothing of ours."""
+    """Restores Lightning's class, and removes the attributes that ours has added."""
     if isinstance(holder, Reclassed):
         for name in _annotations(type(holder)):
             vars(holder).pop(name, None)

@@ -1,6 +1,6 @@
-"""What the workers log: one value from N.
+"""The reduction of the values that N workers log to a single value.
 
-Owns folding the values of one step, and the optional per-worker copies. Epoch values need nothing: Lightning
+Owns folding the values of a step, and the optional per-worker copies. Epoch values need nothing: Lightning
 accumulates them over all calls of ``self.log``, weighted by each worker's batch size.
 """
 
@@ -22,10 +22,10 @@ from lightning_diloco.comm.world import World
 
 
 class WorkerResults(Reclassed, _ResultCollection):
-    """Lightning's collection of logged values, told whose turn it is.
+    """Lightning's collection of logged values, which knows the worker that has its turn.
 
-    Private because nothing public sees several values of one key within a step: ``_ResultMetric._forward_cache`` keeps
-    the last one. Installed by re-classing the live object, so instances get their attributes from :meth:`prepare`.
+    Private because no public hook sees several values of a key within a step: ``_ResultMetric._forward_cache`` keeps
+    the last value only. The live object is re-classed, so its attributes come from :meth:`prepare`.
     """
 
     _worker: int | None
@@ -33,7 +33,7 @@ class WorkerResults(Reclassed, _ResultCollection):
     _world: World
     _reduce: Callable[..., Any]
     _visited: str  # which metric Lightning is reducing, in words
-    _own: dict[int, _ResultCollection]
+    _by_worker: dict[int, _ResultCollection]
     _connector: _LoggerConnector
     _before: dict[str, Any] | None  # the step values that a pass over the workers began with; None between passes
     _dicts_before: list[dict[str, Any]]
@@ -47,14 +47,14 @@ class WorkerResults(Reclassed, _ResultCollection):
         self._connector = connector
         self._before = None
         self._visited = "by a hook"
-        self._own = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
+        self._by_worker = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
     def turn(self, worker: int, batch: Any) -> Iterator[None]:
-        """What is logged inside is ``worker``'s, about ``batch`` (from which Lightning reads the batch size).
+        """Inside, ``worker`` logs, about ``batch`` (from which Lightning reads the batch size).
 
-        ``trainer.callback_metrics`` and its like show the values that the pass over the workers began with, and those
-        that ``worker`` logs; from the last turn to :meth:`fold`, worker 0's.
+        ``trainer.callback_metrics`` and its like show the values from before the turns, and those that ``worker`` has
+        logged; from the last turn to :meth:`fold`, worker 0's.
         """
         self._worker = worker
         several = len(self._world.workers) > 1
@@ -73,7 +73,7 @@ class WorkerResults(Reclassed, _ResultCollection):
 
     @property
     def _shown(self) -> list[dict[str, Any]]:
-        """Lightning's dicts of metrics, which grow whenever somebody reads the Trainer's properties."""
+        """Lightning's dicts of metrics, which grow whenever the Trainer's properties are read."""
         connector = self._connector
         return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
 
@@ -90,10 +90,10 @@ class WorkerResults(Reclassed, _ResultCollection):
         if self._world.size > 1 and kwargs.get("sync_dist"):
             self._reduce, kwargs["sync_dist_fn"] = kwargs["sync_dist_fn"], self._reduce_outside_turns
         super().log(fx, name, value, *args, **kwargs)
-        if self._worker in self._own and isinstance(value, Tensor):
-            # a worker's own value needs nobody else's; said by a function, lest Lightning advise sync_dist
-            alone = {"sync_dist": True, "sync_dist_fn": _as_it_is}
-            self._own[self._worker].log(fx, name, value, *args, **{**kwargs, **alone})
+        if self._worker in self._by_worker and isinstance(value, Tensor):
+            # a worker's value isn't reduced over processes; without this function Lightning would advise sync_dist
+            alone = {"sync_dist": True, "sync_dist_fn": _unreduced}
+            self._by_worker[self._worker].log(fx, name, value, *args, **{**kwargs, **alone})
 
     @override
     def update_metrics(self, key: str, value: Any, batch_size: int) -> None:
@@ -103,14 +103,14 @@ class WorkerResults(Reclassed, _ResultCollection):
             self._step_values.setdefault(key, {})[self._worker] = cache
 
     def _reduce_outside_turns(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """``sync_dist=True``: step values wait for :meth:`fold`, so that all workers' are reduced in their order."""
+        """``sync_dist=True``: step values wait for :meth:`fold`, which reduces those of all workers in worker order."""
         if self._worker is not None:
             return value
         return self._reduce(value, *args, **kwargs, what=f"of what is logged {self._visited} with sync_dist=True")
 
     @override
     def valid_items(self) -> Any:
-        """In one order on all processes: workers may log in orders of their own, and each metric is reduced in turn."""
+        """Sorted, so that all processes reduce the metrics in the same order; workers may log in different orders."""
         items = super().valid_items()
         for key, metric in sorted(items, key=lambda item: item[0]) if self._world.size > 1 else items:
             self._visited = f"as {key}"
@@ -118,15 +118,15 @@ class WorkerResults(Reclassed, _ResultCollection):
         self._visited = "by a hook"
 
     def fold(self) -> None:
-        """After the workers' turns: the step value of a key becomes its reduction over those who logged it."""
+        """After the workers' turns: the step value of a key becomes its reduction over the workers that logged it."""
         shared = {key: list(v.values()) for key, v in self._step_values.items() if self[key].meta.sync.should}
         if shared and self._world.size > 1:
             numbers = {key: [v.tolist() for v in values] for key, values in shared.items()}
             gathered = self._world.gather_all("self.log(..., sync_dist=True)", numbers)
             for key, (like, *_) in shared.items():
-                numbers_of_key = [v for theirs in gathered for v in theirs.get(key, [])]
-                kind = {"dtype": mean_type(like).dtype, "device": like.device}
-                shared[key] = [torch.tensor(v, **kind) for v in numbers_of_key]
+                numbers_of_key = [v for of_process in gathered for v in of_process.get(key, [])]
+                options = {"dtype": mean_type(like).dtype, "device": like.device}
+                shared[key] = [torch.tensor(v, **options) for v in numbers_of_key]
         for key, by_worker in self._step_values.items():
             metric, values = self[key], shared.get(key, list(by_worker.values()))
             metric._forward_cache = values[0] if len(values) == 1 else _reduced(values, metric.meta)
@@ -137,35 +137,35 @@ class WorkerResults(Reclassed, _ResultCollection):
 
     def worker_values(self, on_step: bool) -> Mapping[str, float]:
         """``key/worker_i`` → value, for all workers and all keys meant for loggers."""
-        if not self._own:
+        if not self._by_worker:
             return {}
         values = {
             f"{name}/worker_{w}": float(value)
-            for w, own in self._own.items()
-            for name, value in own.metrics(on_step)["log"].items()
+            for w, results in self._by_worker.items()
+            for name, value in results.metrics(on_step)["log"].items()
         }
         gathered = self._world.gather_all("DilocoCallback(per_worker=True)", values)
         by_key: dict[str, list[float]] = {}
-        for key, value in (item for theirs in gathered for item in theirs.items()):
-            by_key.setdefault(key, []).append(value)  # one from each member of the worker's team
+        for key, value in (item for of_process in gathered for item in of_process.items()):
+            by_key.setdefault(key, []).append(value)  # a value of each member of the worker's team
         return {key: sum(each) / len(each) for key, each in by_key.items()}
 
     @override
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
         super().reset(metrics, fx)
-        for own in self._own.values():
-            own.reset(metrics, fx)
+        for results in self._by_worker.values():
+            results.reset(metrics, fx)
 
     def _collections(self, worker: int) -> list[_ResultCollection]:
-        return [self, *([self._own[worker]] if worker in self._own else [])]
+        return [self, *([self._by_worker[worker]] if worker in self._by_worker else [])]
 
 
-def _as_it_is(value: Any, *_: Any, **__: Any) -> Any:
+def _unreduced(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
 
 def _refill(live: list[dict[str, Any]], contents: list[dict[str, Any]]) -> None:
-    """Writes ``contents`` into the dicts that others hold."""
+    """Writes ``contents`` into the live dicts, to which other objects refer."""
     for shown, content in zip(live, contents, strict=True):
         shown.clear()
         shown.update(content)
@@ -177,7 +177,7 @@ def mean_type(value: Tensor) -> Tensor:
 
 
 def _reduced(values: Sequence[Tensor], meta: Any) -> Tensor:
-    """The reduction of ``self.log(reduce_fx=)`` over the workers' values of one step."""
+    """The reduction of ``self.log(reduce_fx=)`` over the workers' values of a step."""
     stacked = torch.stack([mean_type(v).to(values[0].device) for v in values])
     if meta.is_mean_reduction:
         return stacked.mean(0)

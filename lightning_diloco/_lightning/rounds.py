@@ -1,6 +1,6 @@
-"""Rounds: one item per shard, where an item is an index of the dataset or a batch of indices.
+"""Rounds: an item per shard, where an item is an index of the dataset or a batch of indices.
 
-Owns how a sampler, a user's ``DistributedSampler`` or a partition becomes rounds. Does not own which of the three a
+Owns how a sampler, a user's ``DistributedSampler`` or a partition becomes rounds. Elsewhere: which of the three a
 loader gets (``samplers.py``).
 """
 
@@ -25,7 +25,7 @@ ONCE = (
 
 
 class Rounds(Protocol):
-    """One item per shard and round.
+    """An item per shard and round.
 
     Attributes:
         left: number of items that the last pass has dropped because they made no complete round.
@@ -220,7 +220,7 @@ def _index(value: Any) -> int:
 
 
 def independent(holder: Any) -> Any:
-    """A shallow copy whose random generators are copies, too.
+    """A shallow copy, in which random generators are copies, too.
 
     Raises:
         TypeError: it can't be copied since it is read only once.

@@ -1,7 +1,7 @@
 """Samplers that give each worker its indices, or its batches of indices.
 
 Owns the choice of the sampler of a sharded DataLoader over a map-style dataset; ``data.py`` has the table of the cases.
-Does not own the rounds that a sampler reads (``rounds.py``), nor the fetching (torch's).
+Elsewhere: the rounds that a sampler reads (``rounds.py``), the fetching (torch).
 """
 
 import math
@@ -29,13 +29,13 @@ class WorkerSampler(Sampler[Any]):
 
     Args:
         rounds: the items.
-        shards: those of the workers hosted here; only theirs are yielded.
-        batch_size: items per batch; None if an item is what the loader fetches at once.
+        shards: the shards of the workers hosted here; only their items are yielded.
+        batch_size: items per batch; None if an item is a batch.
         drop_last: drop a short last batch.
 
     Attributes:
-        drawn: how many were yielded since somebody set it to 0.
-        left: how many items (batches, or samples where this cuts batches) the last pass has dropped.
+        drawn: number of items yielded since ``drawn`` was set to 0.
+        left: number of items (batches, or samples if ``batch_size`` is given) that the last pass has dropped.
     """
 
     def __init__(self, rounds: Rounds, shards: Sequence[int], batch_size: int | None, drop_last: bool) -> None:
@@ -49,7 +49,7 @@ class WorkerSampler(Sampler[Any]):
 
     @property
     def sampler(self) -> "WorkerSampler":
-        """What Lightning calls ``set_epoch`` on."""
+        """The object on which Lightning calls ``set_epoch``."""
         return self
 
     def __iter__(self) -> Iterator[Any]:
@@ -80,7 +80,7 @@ class WorkerSampler(Sampler[Any]):
         self._rounds.set_epoch(epoch)
 
     def of(self, shards: Sequence[int]) -> "WorkerSampler":
-        """A sampler of these shards' batches only, which leaves this one and the user's samplers alone."""
+        """A sampler of these shards' batches only, which leaves this sampler and the user's alone."""
         return WorkerSampler(self._rounds.copied(), shards, self.batch_size, self.drop_last)
 
 
@@ -132,6 +132,6 @@ def _is_torchdatas(sampler: Any) -> bool:
 
 
 def _shuffles(sampler: Any) -> bool:
-    """Whether this is what ``shuffle=True`` makes: every index once, in random order."""
+    """Whether ``shuffle=True`` has made the sampler: every index once, in random order."""
     random = isinstance(sampler, RandomSampler) or (_is_torchdatas(sampler) and hasattr(sampler, "replacement"))
     return random and not sampler.replacement and sampler.num_samples == len(sampler.data_source)

@@ -1,8 +1,8 @@
 """The strategy's hooks around a backward pass, where a worker has several processes (a team).
 
 Owns *where* in Lightning gradients are averaged: at the end of the last backward pass before an inner step, before
-``on_after_backward``, clipping and ``on_before_optimizer_step``, as under DDP. Does not own when a pass is due
-(``comm/team.py``) nor the mean (``comm/world.py``).
+``on_after_backward``, clipping and ``on_before_optimizer_step``, as under DDP. Elsewhere: when a pass is due
+(``comm/team.py``), the mean (``comm/world.py``).
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class TeamStrategy(CollectiveStrategy):
             with team.one_pass(module.parameters()) if module.automatic_optimization else nullcontext():
                 loss = closure()
             if isinstance(loss, Tensor) and needs_closure(optimizer):
-                loss = self._world.team_mean(loss)  # line searches must take the same decisions on all members
+                loss = self._world.team_mean(loss)  # line searches must decide alike on all members
             return loss
 
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The base class's; in a team with the mean before ``on_after_backward``, as under DDP."""
+        """Lightning's backward pass; in a team with the mean before ``on_after_backward``, as under DDP."""
         if self._fit is None or self._world.team == 1:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         module = self._fit.trainer.lightning_module

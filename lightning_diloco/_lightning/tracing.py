@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,8 +23,8 @@ from lightning_diloco.fit import ShardPlan
 
 UNCLEAR = (
     "The `__iter__` of {loader} fetched {fetched} batch(es) of an epoch and yielded {yielded}, {unclear} of them new"
-    " objects: it can't be told from whose data they are, and workers may have read each other's. Yield the fetched"
-    " batches themselves, or change batches in the dataset or in `collate_fn`."
+    " objects: it can't be told to which worker they belong, and workers may have read each other's data. Yield the"
+    " fetched batches themselves, or change batches in the dataset or in `collate_fn`."
 )
 UNEVEN = (
     "The `__iter__` of {loader} fetched {fetched} batch(es) of an epoch, but yielded {counts} for the workers"
@@ -43,7 +44,7 @@ def has_custom_iter(loader: DataLoader[Any]) -> bool:
 
 
 def traced(cls: type) -> type:
-    """The loader class ``cls``, whose iterators report to the loader's ``_trace`` each batch that they fetch."""
+    """The loader class ``cls``, with iterators that report each fetched batch to the loader's ``_trace``."""
     return cls if issubclass(cls, _TracedLoader) else type(cls.__name__, (_TracedLoader, cls), {})
 
 
@@ -55,7 +56,7 @@ class Trace:
 
     Args:
         loader: the name of the loader's class.
-        workers: the workers whose batches the sampler yields in turn.
+        workers: the workers in the order in which the sampler yields their batches.
         sampler: the loader's sampler.
         plan: how the data is sharded.
     """

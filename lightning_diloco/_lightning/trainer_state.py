@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 
 def logging_step(trainer: Trainer, after_training: bool = False) -> int:
-    """The step at which Lightning logs the present batch (after training: the last one); no public name says it."""
+    """The step at which Lightning logs the present batch (after training: the last batch); no public name says it."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(after_training)
 
 

@@ -1,10 +1,10 @@
-"""One strategy object in several Trainers: every run has the settings of its own Trainer.
+"""A strategy object in several Trainers: every run has the settings of the Trainer that runs.
 
-Owns what a Trainer's constructor sets on its strategy: accelerator, precision, devices, machines, cluster environment,
-CheckpointIO and synchronised BatchNorm. Does not own what the strategy does with them (``process.py``).
+Owns the settings that a Trainer's constructor puts on its strategy: accelerator, precision, devices, machines, cluster
+environment, CheckpointIO and synchronised BatchNorm. Elsewhere: their effect (``ranks.py``, ``process.py``).
 
-Private because a constructor doesn't say who it is: Lightning's ``_AcceleratorConnector`` first asks the strategy what
-it brings along (``_accelerator`` before all else), then sets what is missing, ``accelerator`` first, and calls
+Private because a constructor doesn't identify itself: Lightning's ``_AcceleratorConnector`` first reads the strategy's
+settings (``_accelerator`` before all else), then sets those that are missing, ``accelerator`` first, and calls
 ``_configure_launcher`` last. It keeps all settings, so that :meth:`SharedStrategy.connect` can have them set once more.
 """
 
@@ -27,7 +27,7 @@ from lightning_diloco._lightning.surface import verify
 
 @dataclass
 class TrainerSettings:
-    """What one Trainer has set on the strategy."""
+    """The settings that a Trainer has put on the strategy."""
 
     accelerator: Accelerator | None = None
     precision: Precision | None = None
@@ -45,16 +45,16 @@ class TrainerSettings:
 
     def __str__(self) -> str:
         """The Trainer's arguments."""
-        kind = "cpu" if self.accelerator is None else self.accelerator.name()
+        name = "cpu" if self.accelerator is None else self.accelerator.name()
         precision = (self.precision or Precision()).precision
-        arguments = [f"accelerator={kind!r}", f"devices={[str(d) for d in self.devices]}", f"precision={precision!r}"]
+        arguments = [f"accelerator={name!r}", f"devices={[str(d) for d in self.devices]}", f"precision={precision!r}"]
         arguments += [f"num_nodes={self.machines}"] if self.machines > 1 else []
         arguments += ["sync_batchnorm=True"] if self.layer_sync is not None else []
         return f"Trainer({', '.join(arguments)})"
 
 
 class SharedStrategy(SingleDeviceStrategy):
-    """Keeps what Trainers set apart from what the strategy was made with."""
+    """Keeps the settings of Trainers apart from the arguments of the strategy."""
 
     def __init__(
         self,
@@ -81,13 +81,13 @@ class SharedStrategy(SingleDeviceStrategy):
 
     @property
     def _accelerator(self) -> Accelerator | None:
-        """The strategy's own; asking for it, a Trainer's constructor begins."""
+        """The strategy's argument; a Trainer's constructor begins by reading it."""
         self._asked = True
-        return self._own_accelerator
+        return self._accelerator_argument
 
     @_accelerator.setter
     def _accelerator(self, accelerator: Accelerator | None) -> None:
-        self._own_accelerator = accelerator
+        self._accelerator_argument = accelerator
 
     @property
     def cluster_environment(self) -> ClusterEnvironment | None:
@@ -115,7 +115,7 @@ class SharedStrategy(SingleDeviceStrategy):
     @property
     @override
     def accelerator(self) -> Accelerator | None:
-        return self._own_accelerator or self._given.accelerator
+        return self._accelerator_argument or self._given.accelerator
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator | None) -> None:
@@ -138,7 +138,7 @@ class SharedStrategy(SingleDeviceStrategy):
     def checkpoint_io(self) -> CheckpointIO:
         io = self._checkpoint_io or self._given.checkpoint_io or self._default_checkpoint_io
         if isinstance(io, _WrappingCheckpointIO):
-            io.checkpoint_io = TorchCheckpointIO()  # as Lightning does; ignored where there is one inside
+            io.checkpoint_io = TorchCheckpointIO()  # as Lightning does; ignored by a wrapper that has a CheckpointIO
         return io
 
     @checkpoint_io.setter
@@ -147,7 +147,7 @@ class SharedStrategy(SingleDeviceStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """Machines, as in all of Lightning, which sets this attribute; the simulated workers are ``num_workers``."""
+        """Machines, as everywhere in Lightning, which sets this attribute; the workers are ``num_workers``."""
         return self._given.machines
 
     @num_nodes.setter
@@ -156,7 +156,7 @@ class SharedStrategy(SingleDeviceStrategy):
 
     @property
     def _layer_sync(self) -> LayerSync | None:
-        """Where Lightning puts what ``Trainer(sync_batchnorm=True)`` asks for."""
+        """Lightning puts its plugin for ``Trainer(sync_batchnorm=True)`` here."""
         return self._given.layer_sync
 
     @_layer_sync.setter
@@ -165,7 +165,7 @@ class SharedStrategy(SingleDeviceStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        """The last word of a Trainer's constructor to its strategy: devices and machines are known."""
+        """A Trainer's constructor calls this last: devices and machines are known."""
         before, given = self._given_before, self._given
         given.made_by = (
             self.accelerator,
@@ -192,7 +192,7 @@ class SharedStrategy(SingleDeviceStrategy):
         """Decides how the processes of the present settings start."""
 
     def _withdraw(self) -> None:
-        """A Trainer was refused: the one before keeps the strategy."""
+        """A Trainer was refused: the previous Trainer keeps the strategy."""
         if self._being_set:
             self._given, self._being_set = self._given_before, False
 

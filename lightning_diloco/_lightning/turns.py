@@ -1,7 +1,7 @@
-"""The workers' turns within one step of Lightning's training loop.
+"""The workers' turns within a step of Lightning's training loop.
 
 Owns which hooks and passes run in a worker's turn, and Lightning's objects that a turn must leave as it found them:
-progress counters and the logger connector. Does not own when in the loop turns come (``loops.py``), nor the swap of the
+progress counters and the logger connector. Elsewhere: when in the loop turns come (``loops.py``), the swap of the
 worker's state (``engine/engine.py``).
 
 Private because no public hook sees every path: while accumulating gradients Lightning calls the closure without the
@@ -37,7 +37,7 @@ def fit_of(trainer: Trainer) -> Fit:
 
 
 class WorkerTurns:
-    """The turns of the workers hosted here, within one step.
+    """The turns of the workers hosted here, within a step.
 
     Args:
         loop: Lightning's loop over batches, with workers' results.
@@ -98,7 +98,7 @@ class WorkerTurns:
         }
         stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
         counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)
-        with counters.kept(lambda: set(inputs) <= set(engine.torn_step)):
+        with counters.kept(lambda: set(inputs) <= engine.progress.done):
             if engine.algorithm.needs_gradients and automatic and stepping:
                 outputs = self._run_after_all_backwards(inputs, batch_idx, counters)
             else:
@@ -110,6 +110,7 @@ class WorkerTurns:
                             outputs[w] = self._loop.automatic_optimization.run(optimizer, batch_idx, inputs[w])
                         else:
                             outputs[w] = self._loop.manual_optimization.run(inputs[w])
+                    engine.progress.done.add(w)
         self._results.fold()
         return outputs
 
@@ -130,6 +131,7 @@ class WorkerTurns:
         for w in counters.each(inputs):
             with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
                 loop._optimizer_step(batch_idx, closures[w])
+            engine.progress.done.add(w)
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 
     def hook(self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
@@ -146,11 +148,11 @@ class WorkerTurns:
 
 
 class _Counters:
-    """Lightning's progress counters in one step, which move once although every worker steps.
+    """Lightning's progress counters in a step, which move once although every worker steps.
 
     Args:
         automatic: the loop that counts under automatic optimization.
-        manual: the one under manual optimization.
+        manual: the loop that counts under manual optimization.
     """
 
     def __init__(self, automatic: _AutomaticOptimization, manual: _ManualOptimization) -> None:
@@ -161,7 +163,7 @@ class _Counters:
         self._after: list[dict[str, int]] | None = None
 
     def each(self, turns: Iterable[int]) -> Iterator[int]:
-        """The workers in order, each of which finds the counters as the first one did."""
+        """The workers in order; the counters are reset before each, so that every worker sees the first worker's."""
         for i, w in enumerate(turns):
             if i:
                 self._after = self._after or self._read()
@@ -192,7 +194,7 @@ class _Counters:
 
 
 class _Finished:
-    """A closure whose forward and backward are done: calling it returns the loss."""
+    """A closure after its forward and backward passes: calling it returns the loss."""
 
     def __init__(self, loss: torch.Tensor | None) -> None:
         self.loss = loss
