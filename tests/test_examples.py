@@ -36,6 +36,7 @@ def scalars(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run)).Reload()
 
 
+@pytest.mark.slow
 def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
     pytest.importorskip("sklearn")
     digits = load("digits")
