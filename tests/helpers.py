@@ -1,8 +1,10 @@
 """Small modules, data and Trainers that several tests share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,6 +72,11 @@ def trainer(strategy: Any = "auto", **kwargs: Any) -> L.Trainer:
         "log_every_n_steps": 1,
     }
     return L.Trainer(strategy=strategy, **{**defaults, **kwargs})
+
+
+def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """For ``parametrize``: all but the ``quick`` names are marked slow; together they take long."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

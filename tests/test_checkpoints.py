@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, copy_of, loader, regression_data, trainer
+from helpers import assert_same, copy_of, loader, regression_data, slow_but, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from observers import Memory
 from projects import Project
@@ -131,10 +131,7 @@ def run(setting: dict[str, Any], callbacks: list[Any], ckpt_path: Any = None, se
     return everything(t, module, draws), module.journal, draws.draws
 
 
-LONG = ("two workers", "processes")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SETTINGS])
+@pytest.mark.parametrize("name", slow_but({"default", "accumulate", "validation"}, SETTINGS))
 def test_interrupted_is_uninterrupted(name: str) -> None:
     setting = SETTINGS[name]
     hook = "on_validation_end" if name == "validation" else "on_train_batch_end"

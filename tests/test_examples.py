@@ -36,6 +36,7 @@ def scalars(run: Path) -> EventAccumulator:
     return EventAccumulator(str(run)).Reload()
 
 
+@pytest.mark.slow
 def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
     pytest.importorskip("sklearn")
     digits = load("digits")
@@ -61,6 +62,7 @@ def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
         assert ("diloco/outer_step" in tags) == (row.run == "diloco")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
     byte_gpt = load("byte_gpt")

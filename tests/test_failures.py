@@ -337,6 +337,7 @@ def test_other_processes_workers_are_named(tmp_path: Path) -> None:
     assert one.startswith("ValueError: Worker 0 is hosted by process 0; this is process 1, which hosts [2, 3].")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(OF_LIGHTNINGS)
 @pytest.mark.parametrize(("receiver", "during"), [(0, "training"), (1, "training"), (1, "validation")])
 def test_sigterm_stops_all_after_the_next_synchronisation_with_a_file_that_resumes(

@@ -98,6 +98,7 @@ def test_the_lr_finder_finds_what_it_finds_for_one_worker_and_its_trial_does_not
     assert reports == [3]
 
 
+@pytest.mark.slow
 def test_the_batch_size_finder_scales_the_batch_of_one_worker() -> None:
     class Sized(Net):
         batch_size = 2

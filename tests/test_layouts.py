@@ -8,7 +8,7 @@ import pytest
 import schedulefree
 import torch
 from algorithms import DataParallel, Gossip, PeriodicAveraging
-from helpers import assert_equal, loader, regression_data, trainer
+from helpers import assert_equal, loader, regression_data, slow_but, trainer
 from layouts import LAYOUTS, Project, layout, smooth, thirds
 from lightning.pytorch import callbacks as C
 from processes import run
@@ -141,7 +141,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Worker 2 is left out", "ignore:.*does not have a length|.*IterableDataset")
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", slow_but({"as it comes"}, SETTINGS))
 def test_every_layout_gives_the_same_bits(setting: str, tmp_path: Path) -> None:
     one, two, four = (layout(tmp_path, size, **SETTINGS[setting]) for size in LAYOUTS)
     assert one["done"][:3] == two["done"][:3] == four["done"][:3]

@@ -43,6 +43,7 @@ def test_pairs_that_cross_processes_in_either_direction_swap(tmp_path: Path) -> 
         assert [mean for _, mean in results] == [1.5] * size
 
 
+@pytest.mark.slow
 def test_logs_per_worker_are_complete_on_the_first_process(tmp_path: Path) -> None:
     def logged(size: int) -> list[dict[str, str]]:
         folder = tmp_path / f"logs of {size}"

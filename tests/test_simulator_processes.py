@@ -19,6 +19,7 @@ def numbers(stats: Any) -> dict[str, float]:
     return {key: -1.0 if value is None else value for key, value in asdict(stats).items()}
 
 
+@pytest.mark.slow
 def test_the_simulator_gives_the_same_statistics_over_two_processes(tmp_path: Path) -> None:
     def simulate(size: int, path: str | None = None) -> tuple[list[Any], dict[str, Any]]:
         stats: list[Any] = []

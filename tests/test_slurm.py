@@ -60,13 +60,13 @@ def scontrol(folder: Path) -> None:
     ("workers", "size", "when", "saved"),
     [
         (2, 1, "in a turn", 7),
-        (2, 2, "in a turn", 8),  # several processes: at the next synchronisation
+        pytest.param(2, 2, "in a turn", 8, marks=pytest.mark.slow),  # several processes: at the next synchronisation
         (2, 1, "in a validation", 6),
-        (2, 2, "in a validation", 8),
+        pytest.param(2, 2, "in a validation", 8, marks=pytest.mark.slow),
         (2, 1, "after the last step", 14),
-        (2, 2, "after the last step", 14),
+        pytest.param(2, 2, "after the last step", 14, marks=pytest.mark.slow),
         (2, 1, "at the end", 14),
-        (2, 2, "at the end", None),  # too late for several processes, and of no use
+        pytest.param(2, 2, "at the end", None, marks=pytest.mark.slow),  # too late for several processes, and of no use
         (1, 1, "in a turn", 7),  # plainly averaged: the plain run
     ],
 )

@@ -2,6 +2,7 @@
 they had not been.
 """
 
+import functools
 from typing import Any
 
 import lightning as L
@@ -83,12 +84,17 @@ def run(callback: L.Callback | None, **kwargs: Any) -> Any:
     return watch.states
 
 
+@functools.cache
+def undisturbed(**kwargs: Any) -> Any:
+    return run(None, **kwargs)
+
+
 @pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("by", ["load_state_dict", "data"])
 @pytest.mark.parametrize(("swap", "back"), PAIRS)
 def test_weights_swapped_in_and_out_leave_training_as_it_was(swap: str, back: str, by: str, saves: bool) -> None:
     callback = Average(swap, back, by, saves)
-    expected, found = run(None), run(callback)
+    expected, found = undisturbed(), run(callback)
     assert callback.restores >= 2
     assert differs(found[0], found[1])
     for a, b in zip(expected, found, strict=True):
@@ -98,7 +104,7 @@ def test_weights_swapped_in_and_out_leave_training_as_it_was(swap: str, back: st
 @pytest.mark.parametrize("eval_weights", ["outer", "worker"])
 def test_so_it_is_whatever_weights_the_validation_saw(eval_weights: Any) -> None:
     callback = Average("on_validation_start", "on_train_epoch_start", "data", saves=False)
-    for a, b in zip(run(None, eval_weights=eval_weights), run(callback, eval_weights=eval_weights), strict=True):
+    for a, b in zip(undisturbed(eval_weights=eval_weights), run(callback, eval_weights=eval_weights), strict=True):
         assert_same(a, b)
 
 
@@ -114,7 +120,7 @@ def test_files_show_what_is_swapped_in_and_a_run_that_resumes_from_them_adopts_i
                 assert all((w["net.0.weight"] == 0.25).all() for w in workers)
                 pl_module.load_state_dict(before)
 
-    expected, found = run(None), run(Once())
+    expected, found = undisturbed(), run(Once())
     for a, b in zip(expected, found, strict=True):
         assert_same(a, b)
     file = torch.load("x.ckpt", weights_only=True)

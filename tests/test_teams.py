@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import assert_equal, loader, regression_data, trainer
+from helpers import assert_equal, loader, regression_data, slow_but, trainer
 from layouts import Plain, layout, smooth, thirds
 from processes import run
 from torch import nn
@@ -27,7 +27,7 @@ TEAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("setting", TEAMS)
+@pytest.mark.parametrize("setting", slow_but({"as it comes", "accumulation"}, TEAMS))
 def test_teams_of_processes_are_workers_with_larger_batches(setting: str, tmp_path: Path) -> None:
     """'four processes on two workers with B each see what two workers with 2B see'"""
     common = {"make": smooth, "precision": "64-true", "samples": 80, **TEAMS[setting]}
@@ -77,7 +77,7 @@ DDP: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("seeded", [True, False])
-@pytest.mark.parametrize("setting", DDP)
+@pytest.mark.parametrize("setting", slow_but({"as it comes", "manual"}, DDP))
 def test_one_worker_of_two_processes_is_lightnings_ddp(setting: str, seeded: bool, tmp_path: Path) -> None:
     def fit(strategy: Any) -> Any:
         options = dict(DDP[setting])
