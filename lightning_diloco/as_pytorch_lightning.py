@@ -49,9 +49,7 @@ class _Alias(metadata.DistributionFinder, Loader):
         sys.modules[module.__name__] = importlib.import_module(real)  # importlib returns what it finds there
 
     @override
-    def find_distributions(
-        self, context: metadata.DistributionFinder.Context = _ANY_NAME
-    ) -> list[metadata.Distribution]:
+    def find_distributions(self, context: metadata.DistributionFinder.Context = _ANY) -> list[metadata.Distribution]:
         alias = context.name is not None and context.name.replace("-", "_").lower() in _PACKAGES
         return [metadata.distribution("lightning")] if alias else []
 
