@@ -33,7 +33,12 @@ def main(args: list[str] | None = None) -> LightningCLI:
         subclass_mode_data=True,
         parser_kwargs={
             "prog": "python -m lightning_diloco",
-            "description": "Lightning's command line for any model and data, with DilocoStrategy at hand",
+            "description": "Trains and evaluates any LightningModule on any LightningDataModule, named by class path:"
+            " Lightning's command line, with DilocoStrategy among the strategies.",
+            "fit": {
+                "description": "Trains a model, with N simulated DiLoCo workers under `--trainer.strategy"
+                " DilocoStrategy`; `--trainer.strategy.help DilocoStrategy` lists the strategy's arguments."
+            },
         },
         args=args,
     )

@@ -1,6 +1,6 @@
 """Reports of outer steps, for people and loggers.
 
-Owns reporting only; no training logic. :class:`~lightning_diloco.DilocoStrategy` attaches one by itself.
+Owns reporting only; no training logic. :class:`~lightning_diloco.DilocoStrategy` attaches the callback automatically.
 """
 
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ _KEYS = ("diloco/outer_step", "diloco/pseudo_gradient_norm", "diloco/drift", "di
 
 
 class DilocoCallback(Callback):
-    """Writes every outer step to the Trainer's loggers; attached automatically, your own takes that one's place.
+    """Writes every outer step to the Trainer's loggers; attached automatically unless the Trainer has a DilocoCallback.
 
     ===============================  ==================================================================
-    ``diloco/outer_step``            synchronisations done, from 1
+    ``diloco/outer_step``            outer steps done, from 1
     ``diloco/pseudo_gradient_norm``  ‖Δ‖ of the mean pseudo-gradient
     ``diloco/drift``                 mean over workers of ‖θ_i − θ‖ / ‖θ‖
     ``diloco/cosine``                mean pairwise cosine of the Δ_i; absent with fewer than two workers
-    ``diloco/comm_bytes``            bytes that one worker has sent so far, one direction
+    ``diloco/comm_bytes``            bytes that a worker has sent so far, in a single direction
     ===============================  ==================================================================
 
-    They go straight to ``trainer.loggers`` at the step of the batch that ended the round, whatever
+    The values go straight to ``trainer.loggers`` at the step of the batch that ended the round, whatever
     ``log_every_n_steps``.
 
     Args:
         per_worker: log every key that the module logs in training as ``key/worker_i`` too.
-        callback_metrics: which of the keys above also appear in ``trainer.callback_metrics``, for ``monitor=`` of
-            ModelCheckpoint or EarlyStopping.
+        callback_metrics: keys of the table that also appear in ``trainer.callback_metrics``, for ``monitor=`` of
+            ModelCheckpoint or EarlyStopping; default none.
 
     Raises:
-        ValueError: an unknown name in ``callback_metrics``.
+        ValueError: ``callback_metrics`` has an unknown key.
         MisconfigurationException: the Trainer's strategy is not a DilocoStrategy.
 
     Override :meth:`on_outer_step` to act on reports::
@@ -68,7 +68,7 @@ class DilocoCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """One name for subclasses too, so that they resume from files of the automatic callback."""
+        """The same key for subclasses, so that they resume from files of the automatic callback."""
         return "DilocoCallback"
 
     @override
@@ -80,7 +80,7 @@ class DilocoCallback(Callback):
         self._sent_bytes = state_dict["sent_bytes"]
 
     def on_outer_step(self, trainer: Trainer, pl_module: LightningModule, report: OuterStepReport) -> None:
-        """Called after every synchronisation, with the new θ in the module. Does nothing by itself."""
+        """Called after every outer step, with the new θ in the live module. Override this method to act on reports."""
 
     def report(self, trainer: Trainer, pl_module: LightningModule, report: OuterStepReport, logging_step: int) -> None:
         """Logs ``report`` and calls :meth:`on_outer_step`; the strategy calls this."""

@@ -13,6 +13,14 @@ for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of others' projects run only where ``-m`` names them. An ``-m`` in ``addopts`` would yield to any other."""
+    if "third_party" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("third_party")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
     """Each test starts from the same seed, writes into its own folder, and leaves no trace in the environment."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_diloco.comm.tensors import bitwise_equal
+
 
 def regression_data(
     samples: int = 96, features: int = 3, seed: int = 7, dtype: torch.dtype = torch.float32
@@ -79,6 +81,22 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for key in a:
         assert torch.equal(a[key], b[key]), f"{key}: {a[key]} != {b[key]}"
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, whatever is inside."""
+    if isinstance(a, torch.Tensor):
+        assert bitwise_equal(a, b), f"{where}: {a} != {b}"
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert repr(a) == repr(b), f"{where}: {a} != {b}"  # so that NaN is itself
 
 
 def differs(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

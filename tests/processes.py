@@ -1,7 +1,9 @@
 """Runs a function in several forked processes that Lightning takes for those of one machine, or of several."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -16,9 +18,16 @@ LIMIT = 120  # seconds that a set of processes may take
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.activate(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A free port below those that Linux gives to sockets that ask for any; each call draws anew, whatever the seed.
+
+    Several pytest processes and their gloo sockets run side by side: a port that Linux had chosen might be given away
+    again before the process group listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def environment(rank: int, size: int, port: int, machines: int = 1) -> dict[str, str]:

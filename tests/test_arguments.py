@@ -212,7 +212,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"outer_optimizer_cls": torch.optim.LBFGS},
         "The outer optimizer can't be built: `outer_optimizer_cls` (=LBFGS) with `outer_optimizer_kwargs` (={}) fails"
-        " with: LBFGS.step needs a closure; an outer step has none to give",
+        " with: LBFGS.step needs a closure, and an outer step has none",
     ),
     (
         {"outer_optimizer_cls": lambda p: list(p)},

@@ -35,6 +35,7 @@ def alias() -> None:
 # ------------------------------------------------------------------------------------------------ the names
 
 
+@pytest.mark.processes
 def test_every_module_is_the_same_object_under_both_names(tmp_path: Path) -> None:
     """Walks the tree of the other package, which differs from Lightning's by its ``__about__`` and ``__version__``."""
     folder = Path(L.__file__).parents[1]
@@ -60,6 +61,7 @@ def test_every_module_is_the_same_object_under_both_names(tmp_path: Path) -> Non
     assert in_a_process(walk, tmp_path) == ["True"]
 
 
+@pytest.mark.processes
 def test_every_way_to_import_gives_the_same_module(tmp_path: Path) -> None:
     def ways() -> list[Any]:
         alias()
@@ -94,6 +96,7 @@ def test_every_way_to_import_gives_the_same_module(tmp_path: Path) -> None:
     assert in_a_process(ways, tmp_path) == [L.__version__] * 5
 
 
+@pytest.mark.processes
 def test_the_other_package_need_not_be_installed(tmp_path: Path) -> None:
     def without() -> tuple[str, str]:
         class Refuse:
@@ -111,6 +114,7 @@ def test_the_other_package_need_not_be_installed(tmp_path: Path) -> None:
     assert in_a_process(without, tmp_path) == (L.Trainer.__module__, "lightning.fabric.utilities.distributed")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["pytorch_lightning", "lightning_fabric", "lightning_fabric.utilities.apply_func"])
 def test_too_late_is_an_error_that_changes_nothing(name: str, tmp_path: Path) -> None:
     package = name.split(".")[0]
@@ -180,6 +184,7 @@ def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("_package")
 def test_a_package_that_builds_the_trainer_inside_trains(tmp_path: Path) -> None:
     def train() -> Any:
@@ -220,6 +225,8 @@ if __name__ == "__main__":  # so that spawned processes, which read this file, t
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.usefixtures("_package")
 @pytest.mark.parametrize("method", ["popen", "spawn"])
 def test_further_processes_have_the_alias_before_they_import_the_project(method: str, tmp_path: Path) -> None:
@@ -243,6 +250,7 @@ def said_by(make: Callable[[], Any]) -> list[warnings.WarningMessage]:
     return [w for w in said if "pytorch_lightning" in str(w.message)]
 
 
+@pytest.mark.processes
 def test_without_the_alias_a_strategy_says_once_that_the_other_trainer_refuses_it(tmp_path: Path) -> None:
     def warned() -> Any:
         assert said_by(DilocoStrategy) == []  # nothing of the other package is there
@@ -264,6 +272,7 @@ def test_without_the_alias_a_strategy_says_once_that_the_other_trainer_refuses_i
     assert "`pytorch_lightning.strategies.Strategy`" in refusal
 
 
+@pytest.mark.processes
 def test_with_the_alias_and_in_other_ranks_nothing_is_said(tmp_path: Path) -> None:
     def with_alias() -> list[Any]:
         alias()

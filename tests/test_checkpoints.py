@@ -10,8 +10,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from helpers import assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.plugins import MixedPrecision
+from observers import Memory
+from projects import Project
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -20,26 +22,6 @@ from lightning_diloco import Diloco, DilocoStrategy
 from lightning_diloco.engine import checkpoint as checkpoint_format
 
 SEED = 5
-
-
-class Project(Net):
-    """Dropout, BatchNorm, a schedule per step, and a journal of the batches, losses and random numbers it saw."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(dropout=0.4, **kwargs)
-        self.journal: list[Any] = []
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        return [optimizer], [{"scheduler": lr_scheduler.StepLR(optimizer, 3, 0.8), "interval": "step"}]
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        worker = getattr(self.trainer.strategy, "current_worker", None)
-        self.journal.append(
-            (self.trainer.global_step, worker, batch[0].sum().item(), loss.item(), torch.rand(()).item())
-        )
-        return loss
 
 
 class Manual(Project):
@@ -149,7 +131,10 @@ def run(setting: dict[str, Any], callbacks: list[Any], ckpt_path: Any = None, se
     return everything(t, module, draws), module.journal, draws.draws
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+LONG = ("two workers", "processes")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in SETTINGS])
 def test_interrupted_is_uninterrupted(name: str) -> None:
     setting = SETTINGS[name]
     hook = "on_validation_end" if name == "validation" else "on_train_batch_end"
@@ -388,6 +373,8 @@ def per_kind(lr: float) -> Any:
 
 
 ADAM = torch.optim.Adam
+
+
 OTHERS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [  # what wrote the file, what resumes it, words
     (
         {},
@@ -587,18 +574,20 @@ def test_a_file_that_lacks_any_of_its_keys_is_damaged(setting: str) -> None:
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=4)
     for file in ("7.ckpt", "8.ckpt"):
         checkpoint = torch.load(file, weights_only=True)
-        checkpoint_format.check(checkpoint, 3, strategy._configured, "The file")
+        checkpoint_format.check(checkpoint, 3, strategy._settings.configured, "The file")
         paths = list(keys_of(checkpoint["diloco"], ("diloco",)))
         assert len(paths) > 250
         for path in [*paths, ("state_dict",), ("optimizer_states",), ("loops",), ("loops", "fit_loop", "state_dict")]:
             with pytest.raises(ValueError, match=r"^The file .*: the file is damaged\.$") as caught:
-                checkpoint_format.check(without(checkpoint, path), 3, strategy._configured, "The file")
+                checkpoint_format.check(without(checkpoint, path), 3, strategy._settings.configured, "The file")
             named = [str(key) for key in path if not isinstance(key, int)]
             assert any(key in str(caught.value) for key in named[1:] or named), (path, str(caught.value))
     theta = checkpoint["diloco"]["outer"]["parameters"]
     assert isinstance(theta, list)
     with pytest.raises(ValueError, match=rf"^The file lacks state_dict/{theta[0]}: the file is damaged\.$"):
-        checkpoint_format.check(without(checkpoint, ("state_dict", theta[0])), 3, strategy._configured, "The file")
+        checkpoint_format.check(
+            without(checkpoint, ("state_dict", theta[0])), 3, strategy._settings.configured, "The file"
+        )
 
 
 @pytest.mark.parametrize(
@@ -692,8 +681,6 @@ def test_asynchronous_writing_snapshots_the_state() -> None:
 
 
 def test_the_bytes_that_callbacks_log_go_on_counting() -> None:
-    from test_logging import Memory
-
     whole = Memory()
     run({}, [], logger=whole)
     run({}, [Save("on_train_batch_end", {9})])

@@ -215,6 +215,8 @@ def test_the_configurations_run(path: Path) -> None:
     assert torch.isfinite(torch.cat([p.flatten() for p in strategy.outer_state_dict().values()])).all()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_command_of_the_readme(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     command = "python -m lightning_diloco fit --config examples/configs/digits.yaml"

@@ -113,6 +113,8 @@ def test_byte_gpt_holds_out_text_it_never_trains_on():
     assert starts[2] + 17 <= 50_000
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes are counted where Linux counts them")
 def test_traffic_matches_the_closed_form_and_is_an_hth_of_ddps(tmp_path):
     command = [sys.executable, EXAMPLES / "traffic.py", "--steps", "40", "--interval", "10"]

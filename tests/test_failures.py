@@ -11,15 +11,21 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, loader, regression_data, trainer
+from helpers import Net, assert_equal, loader, regression_data, trainer
+from layouts import Project
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from processes import outcomes, start
-from test_processes import Project, assert_equal
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 TIMEOUT = timedelta(seconds=4)
+
+
 OF_LIGHTNINGS = r"ignore:.*(was called without a model|is set, but there is no last)"  # beside OnExceptionCheckpoint
+
+
 SLACK = 12  # seconds that a loaded machine may take beyond the timeout
 
 
@@ -67,6 +73,7 @@ class Save(L.Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "last.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("what", [die, hang])
 def test_the_others_end_in_time_and_name_the_process(what: Any, rank: int, tmp_path: Path) -> None:
@@ -85,9 +92,9 @@ def test_the_others_end_in_time_and_name_the_process(what: Any, rank: int, tmp_p
         if r != rank:
             assert outcome is not None
             assert outcome[0] == "raised"
-            assert outcome[1].startswith(f"RuntimeError: Process {r} of 3 waited for the others at ")
+            assert outcome[1].startswith(f"RuntimeError: Process {r} of 3 stopped waiting at ")
             assert (
-                ", in vain: one has ended or hangs (at most `timeout` = 0:00:04 was waited). Its own output tells why."
+                ": another process has exited or hangs (`timeout` = 0:00:04). See the output of that process. "
             ) in outcome[1]
     if rank != 0:  # gloo's first process knows who is missing
         assert f"Ranks {rank} failed to pass monitoredBarrier" in results[0][1]  # type: ignore[index]
@@ -128,7 +135,7 @@ def test_an_exception_on_one_process_ends_all_without_a_deadlock_and_without_hal
     assert time.monotonic() - began < TIMEOUT.total_seconds() + 30
     assert results[1] == ("raised", "ValueError: worker 1 is ill")
     assert results[0] is not None
-    assert results[0][1].startswith("RuntimeError: Process 0 of 2 waited for the others at self.log")
+    assert results[0][1].startswith("RuntimeError: Process 0 of 2 stopped waiting at self.log")
     assert not list((tmp_path / "rescue").glob("*"))
     for rank in range(2):
         assert (
@@ -247,6 +254,7 @@ def test_a_value_that_one_process_logs_is_named(tmp_path: Path) -> None:
         assert "process 0 is at a reduction of what is logged as training_step.alone with sync_dist=True;" in error
 
 
+@pytest.mark.slow
 def test_a_process_that_is_long_over_the_end_spoils_nothing(tmp_path: Path) -> None:
     class Late(L.Callback):
         def on_train_end(self, trainer, pl_module):
@@ -258,7 +266,7 @@ def test_a_process_that_is_long_over_the_end_spoils_nothing(tmp_path: Path) -> N
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             t.fit(Project(), loader())
-        return diloco.local_steps, any("others at the end of the run, in vain" in str(w.message) for w in seen)
+        return diloco.local_steps, any("stopped waiting at the end of the run: another" in str(w.message) for w in seen)
 
     results = outcomes(start(run, 2, (), tmp_path / "out"), tmp_path / "out")
     assert results == [("returned", (6, True))] * 2
@@ -286,7 +294,7 @@ def test_an_error_is_not_hidden_by_what_the_others_do(tmp_path: Path) -> None:
 
     zero, one = raised(run, 2, tmp_path / "out")
     assert one == "ValueError: ill"
-    assert zero.startswith("RuntimeError: Process 0 of 2 waited for the others at a reduction of what is logged as")
+    assert zero.startswith("RuntimeError: Process 0 of 2 stopped waiting at a reduction of what is logged as")
 
 
 def test_a_signal_in_teardown_is_survived(tmp_path: Path) -> None:

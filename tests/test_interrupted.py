@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from algorithms import DataParallel
 from helpers import Net, assert_same, loader, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from test_algorithms import DataParallel
 
 from lightning_diloco import DilocoStrategy
 
@@ -82,13 +82,17 @@ def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(
     torn = hook != "on_train_batch_start" and worker > 0
     stepped = ", ".join(map(str, range(worker)))
     match = (
-        rf"Local step {batch + 1} was interrupted: .* worker {stepped} after that step and worker {worker}.* before it"
+        rf"Local step {batch + 1} was interrupted: .* worker {stepped} after its batch and worker {worker}.* before it"
     )
     said = pytest.warns(UserWarning, match=match) if torn else nullcontext()
     with said, pytest.raises((error, SystemExit)):
         run(Ill(worker, hook, batch, error))
     state = torch.load("rescue.ckpt", weights_only=True)["diloco"]
-    assert state["torn"] == {"workers": list(range(worker)) if torn else [], "outer_step": False}
+    assert state["torn"] == {
+        "workers": list(range(worker)) if torn else [],
+        "stepped": torn,
+        "outer_step": False,
+    }
     assert state["local_steps"] == batch
     resumed, t, seen = run(Ill(None), "rescue.ckpt")
     assert_same_run(resumed, undisturbed)
@@ -110,7 +114,11 @@ def test_an_error_after_the_step_was_counted_tears_nothing() -> None:
     undisturbed, _, _ = run(Ill(None))
     with pytest.raises(ArithmeticError):
         run(Ill(1, "on_train_batch_end"))
-    assert torch.load("rescue.ckpt", weights_only=True)["diloco"]["torn"] == {"workers": [], "outer_step": False}
+    assert torch.load("rescue.ckpt", weights_only=True)["diloco"]["torn"] == {
+        "workers": [],
+        "stepped": False,
+        "outer_step": False,
+    }
     assert_same_run(run(Ill(None), "rescue.ckpt")[0], undisturbed)
 
 
@@ -146,6 +154,72 @@ def test_no_run_resumes_from_a_file_saved_in_the_middle_of_an_outer_step(monkeyp
     assert Path("rescue.ckpt").exists()
     with pytest.raises(ValueError, match="saved when the outer step after local step 4 had been interrupted"):
         run(Ill(None), "rescue.ckpt")
+
+
+class Accumulates(Ill):
+    """Fails in a micro-batch; ``after`` the backward pass, or before it."""
+
+    def __init__(self, worker: int | None, batch: int, after: bool = False) -> None:
+        super().__init__(worker, "on_after_backward" if after else "training_step", batch)
+
+    def on_after_backward(self):
+        self.fail("on_after_backward", self.trainer.fit_loop.epoch_loop.batch_idx)
+
+
+def accumulated(module: Any, ckpt: Any = None) -> Any:
+    L.seed_everything(1, verbose=False)
+    strategy = DilocoStrategy(num_nodes=3, diloco_interval=2)
+    rescue = OnExceptionCheckpoint(".", "rescue")
+    t = trainer(strategy, callbacks=[rescue], enable_checkpointing=True, accumulate_grad_batches=4)
+    t.fit(module, loader(), ckpt_path=ckpt)
+    return strategy, t.global_step
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("batch", [4, 5, 6, 7])
+def test_a_torn_micro_batch_is_finished_too(worker: int, batch: int) -> None:
+    undisturbed = accumulated(Accumulates(None, 0))
+    said = pytest.warns(UserWarning, match="Local step 2 was interrupted") if worker else nullcontext()
+    with said, pytest.raises(ArithmeticError):
+        accumulated(Accumulates(worker, batch))
+    resumed = accumulated(Accumulates(None, 0), "rescue.ckpt")
+    assert_same_run(resumed[0], undisturbed[0])
+    assert resumed[1] == undisturbed[1] == 4
+
+
+@pytest.mark.parametrize("batch", [5, 7])
+def test_a_micro_batch_that_changed_gradients_before_it_failed_is_not_called_exact(batch: int) -> None:
+    with pytest.warns(UserWarning, match="not bit for bit the undisturbed"), pytest.raises(ArithmeticError):
+        accumulated(Accumulates(1, batch, after=True))
+
+
+def test_a_turn_that_changed_buffers_before_it_failed_is_not_called_exact() -> None:
+    class Normalised(Ill):
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.net.append(torch.nn.BatchNorm1d(1))
+
+    with pytest.warns(UserWarning, match="not bit for bit the undisturbed run"), pytest.raises(ArithmeticError):
+        run(Normalised())
+
+
+def test_a_turn_that_failed_between_two_optimizers_is_not_called_exact() -> None:
+    class Two(Ill):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[-1].parameters(), 0.1)]
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            first.step()
+            self.fail("between", batch_idx)
+            second.step()
+            self.zero_grad()
+
+    with pytest.warns(UserWarning, match="not bit for bit the undisturbed run"), pytest.raises(ArithmeticError):
+        run(Two(1, "between"))
 
 
 def test_an_algorithm_that_exchanges_gradients_cannot_finish_a_torn_step() -> None:

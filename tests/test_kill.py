@@ -12,13 +12,19 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import loader, regression_data, trainer
-from test_checkpoints import Project
+from helpers import assert_equal, loader, regression_data, trainer
+from projects import Project
 
 from lightning_diloco import DilocoStrategy
 
+pytestmark = pytest.mark.processes
+
 KILLS = 20
+
+
 FORK = multiprocessing.get_context("fork")
+
+
 OTHER_FILE_SYSTEM = "/dev/shm"
 
 
@@ -74,6 +80,7 @@ def run(how: str, rng: random.Random) -> bool:
     return child.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exception"])
 def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "undisturbed").mkdir()
@@ -95,20 +102,6 @@ def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, tmp_pa
     assert repr(result["steps"]) == repr(expected["steps"]) == "[150, 38]"
     assert_equal(result, expected)
     assert sorted(p.name for p in Path().iterdir()) == ["last.ckpt", "result.pt"], "no leftovers of kills"
-
-
-def assert_equal(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:

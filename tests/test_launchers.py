@@ -14,6 +14,8 @@ import pytest
 import torch
 from processes import free_port
 
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
@@ -180,10 +182,10 @@ def test_a_script_that_catches_its_own_error_goes_on_and_leaves_none_behind(tmp_
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
-def test_the_readmes_commands_from_laptop_to_cluster(tmp_path: Path) -> None:
+def test_the_commands_from_laptop_to_cluster(tmp_path: Path) -> None:
     """One process, two processes, and two machines on loopback train the byte GPT, with one result."""
-    readme = (ROOT / "README.md").read_text()
-    laptop, devices, cluster = re.findall(r"^```sh cluster\n(.*?)^```$", readme, re.M | re.S)[0].strip().splitlines()
+    guide = (ROOT / "examples" / "guides" / "cluster.md").read_text()
+    laptop, devices, cluster = re.findall(r"^```sh cluster\n(.*?)^```$", guide, re.M | re.S)[0].strip().splitlines()
     tiny = " --layers 1 --width 16 --heads 2 --context 16 --megabytes 0.3 --steps 40 --interval 10 --workers 2"
     tiny += f" --accelerator cpu --logdir {tmp_path}"
     cluster = cluster.replace("29500", str(free_port()))

@@ -6,37 +6,13 @@ import lightning as L
 import pytest
 import torch
 from helpers import Net, loader, regression_data, trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from observers import Memory
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_diloco import DilocoCallback, DilocoStrategy, OuterStepReport
-
-
-class Memory(Logger):
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    @property
-    def name(self) -> str:
-        return "memory"
-
-    @property
-    def version(self) -> str:
-        return "0"
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def of(self, key: str) -> list[tuple[int, float]]:
-        return [(step, row[key]) for step, row in self.rows if key in row]
 
 
 class Logs(Net):

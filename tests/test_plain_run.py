@@ -4,6 +4,7 @@
 """
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -246,7 +247,7 @@ def test_one_worker_without_a_sync_in_reach_trains_as_the_plain_run_through_the_
     for name in ("plain", "accumulate", "16-mixed-accumulate", "hooks", "manual", "warm_up", "plateau", "lbfgs"):
         plain, expected = run(name, "auto")
         ours, _ = run(name, strategy)
-        assert not strategy._engine.transparent
+        assert not strategy._engine.is_plain_run
         assert_same(strategy.worker_state_dict(0), expected.state_dict())
         for own, other in zip(ours.optimizers, plain.optimizers, strict=True):
             assert str(own.state_dict()) == str(other.state_dict())
@@ -424,3 +425,8 @@ def test_what_patches_backward_of_lightnings_strategy_is_obeyed(monkeypatch: Any
     monkeypatch.setattr(SingleDeviceStrategy, "backward", backward, raising=False)
     trainer(DilocoStrategy(2, 3), max_steps=2).fit(Net(), loader())
     assert len(calls) == 4
+
+
+def test_the_number_of_plain_run_set_ups_is_right() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"over {len(CASES)} set-ups" in readme.replace("\n  ", " ")

@@ -64,7 +64,7 @@ LAYERS = """
     state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module
     state.checks state.guard
     algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
-    engine.checkpoint engine.views engine.engine
+    engine.checkpoint engine.progress engine.views engine.engine
     arguments callback fit
     _lightning.reclassed _lightning.surface _lightning.hooks _lightning.trainer_state _lightning.io _lightning.rounds
     _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data

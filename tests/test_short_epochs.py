@@ -7,16 +7,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
-
-from lightning_diloco import DilocoStrategy
-from tests.helpers import trainer
-from tests.processes import outcomes, start
-from tests.test_data import (
+from loaders import (
     Lazy,
     N,
-    Own,
+    Numbers,
     Ragged,
     Recorder,
     Rows,
@@ -29,6 +25,10 @@ from tests.test_data import (
     left_over,
     warned,
 )
+from processes import outcomes, start
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from lightning_diloco import DilocoStrategy
 
 
 def too_few(number: int, what: str = "batch(es)", readers: str = "3 workers") -> str:
@@ -73,7 +73,7 @@ def test_a_single_batch_is_given_to_every_worker(make):
 
 @pytest.mark.parametrize("kwargs", [{}, {"drop_last": True}])
 def test_a_single_batch_without_distributed_sampler_is_given_to_every_worker(kwargs):
-    model = fit(DataLoader(Own(6), 6, **kwargs), use_distributed_sampler=False)
+    model = fit(DataLoader(Numbers(6), 6, **kwargs), use_distributed_sampler=False)
     assert model.seen == each_epoch(lambda _: [[list(range(6))]] * N)
     assert model.during["batches"] == 1
 
@@ -92,7 +92,7 @@ def test_every_worker_may_change_its_single_batch():
 
 
 def test_a_small_map_style_dataset_wraps():
-    assert fit(DataLoader(Own(2), 4)).seen == ddp(Own(2), torch.initial_seed(), batch_size=4)
+    assert fit(DataLoader(Numbers(2), 4)).seen == ddp(Numbers(2), torch.initial_seed(), batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_a_small_map_style_dataset_wraps():
         (lambda: DataLoader(SizedStream(8), 4), {}, too_few(2)),
         (lambda: Rows(2), {}, too_few(2)),
         (lambda: SizedRows(2), {}, too_few(2)),
-        (lambda: DataLoader(Own(8), 4), {"use_distributed_sampler": False}, too_few(2)),
-        (lambda: DataLoader(Own(8), 4, sampler=Lazy(8)), {"use_distributed_sampler": False}, too_few(2)),
-        (lambda: DataLoader(Own(8), 4, drop_last=True), {}, too_few(2)),
-        (lambda: DataLoader(Own(8), 4, sampler=Lazy(8), drop_last=True), {}, too_few(9, "sample(s)")),
-        (lambda: DataLoader(Own(2), batch_sampler=Ragged(SequentialSampler(Own(2)), 1, True)), {}, too_few(2)),
-        (lambda: DataLoader(Own(2), batch_sampler=Cut(2)), {}, too_few(2)),
+        (lambda: DataLoader(Numbers(8), 4), {"use_distributed_sampler": False}, too_few(2)),
+        (lambda: DataLoader(Numbers(8), 4, sampler=Lazy(8)), {"use_distributed_sampler": False}, too_few(2)),
+        (lambda: DataLoader(Numbers(8), 4, drop_last=True), {}, too_few(2)),
+        (lambda: DataLoader(Numbers(8), 4, sampler=Lazy(8), drop_last=True), {}, too_few(9, "sample(s)")),
+        (lambda: DataLoader(Numbers(2), batch_sampler=Ragged(SequentialSampler(Numbers(2)), 1, True)), {}, too_few(2)),
+        (lambda: DataLoader(Numbers(2), batch_sampler=Cut(2)), {}, too_few(2)),
     ],
 )
 @pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_steps": 4, "max_epochs": -1}], ids=str)
@@ -154,17 +154,17 @@ def test_a_later_epoch_that_is_too_short_is_an_error():
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
 @pytest.mark.parametrize(
-    "short", [lambda: Rows(2), lambda: SizedRows(2), lambda: DataLoader(Own(8), 4, drop_last=True)]
+    "short", [lambda: Rows(2), lambda: SizedRows(2), lambda: DataLoader(Numbers(8), 4, drop_last=True)]
 )
 def test_one_of_several_loaders_is_too_short(mode, short):
     with pytest.raises(ValueError) as error:
-        fit(CombinedLoader({"long": DataLoader(Own(30), 2), "short": short()}, mode))
+        fit(CombinedLoader({"long": DataLoader(Numbers(30), 2), "short": short()}, mode))
     assert str(error.value) == too_few(2)
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
 def test_one_of_several_loaders_has_a_single_batch(mode):
-    model = fit(CombinedLoader({"long": DataLoader(Own(12), 2), "short": SizedFullBatch()}, mode), max_epochs=1)
+    model = fit(CombinedLoader({"long": DataLoader(Numbers(12), 2), "short": SizedFullBatch()}, mode), max_epochs=1)
     assert model.fitted.global_step == (1 if mode == "min_size" else 2)
     assert all(batches[0]["short"] == list(range(6)) for batches in model.seen.values())
 
@@ -175,7 +175,7 @@ def test_a_loader_that_leaves_out_too_much_is_too_short():
             return (batch for k, batch in enumerate(super().__iter__()) if k < 2)
 
     with pytest.raises(ValueError) as error:
-        fit(Leaves(Own(30), 2))
+        fit(Leaves(Numbers(30), 2))
     assert str(error.value) == too_few(2)
 
 
@@ -192,14 +192,15 @@ def test_no_data_at_all_are_what_they_are_for_the_plain_trainer():
         assert (t.global_step, t.current_epoch) == (0, 2)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         (lambda: DataLoader(Stream(3), 1), {}),
         (lambda: SizedRows(3), {}),
         (Shrinks, {}),
-        (lambda: DataLoader(Own(12), 4), {"use_distributed_sampler": False}),
-        (lambda: DataLoader(Own(12), 4, drop_last=True), {}),
+        (lambda: DataLoader(Numbers(12), 4), {"use_distributed_sampler": False}),
+        (lambda: DataLoader(Numbers(12), 4, drop_last=True), {}),
     ],
 )
 def test_every_process_comes_to_the_same_verdict(make, options, tmp_path: Path):
@@ -216,6 +217,7 @@ def test_every_process_comes_to_the_same_verdict(make, options, tmp_path: Path):
         assert outcome == ("raised", "ValueError: " + too_few(3, readers="4 workers"))
 
 
+@pytest.mark.processes
 def test_a_single_batch_reaches_the_workers_of_every_process(tmp_path: Path):
     def single() -> tuple[Any, int]:
         L.seed_everything(1, verbose=False)

@@ -8,12 +8,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import loader, regression_data, trainer
+from helpers import assert_equal, loader, regression_data, trainer
+from layouts import Project
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from processes import outcomes, start
-from test_processes import Project, assert_equal
 
 from lightning_diloco import DilocoStrategy
+
+pytestmark = pytest.mark.processes
 
 
 class Warned(Project):

@@ -1,5 +1,6 @@
 """Which steps count as local steps, and what becomes of training that no known optimizer does."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -161,12 +162,162 @@ class Teacher(Net):
         return torch.optim.SGD(self.net.parameters(), lr=0.1)
 
 
-def test_an_average_kept_by_hand_needs_no_optimizer_if_it_is_frozen() -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_average_kept_by_hand_needs_no_optimizer(frozen: bool) -> None:
     strategy = three()
-    trainer(strategy).fit(Teacher(frozen=True), loader())
+    trainer(strategy).fit(Teacher(frozen), loader())
     assert strategy.local_steps == 16
-    with pytest.raises(RuntimeError, match=r"Parameter 'teacher.weight' moved .* set `requires_grad_\(False\)` on it"):
-        trainer(three()).fit(Teacher(frozen=False), loader())
+
+
+class Target(Net):
+    """A target network that is copied now and then, as in Q-learning; with gradients if it is ``trained``."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__(batch_norm=False)
+        self.target = copy.deepcopy(self.net)
+        self.trained = trained
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 4 == 3:
+            self.target.load_state_dict(self.net.state_dict())
+        with torch.set_grad_enabled(self.trained):
+            target = self.target(batch[0])
+        return super().training_step(batch, batch_idx) + (self(batch[0]) - target).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def test_a_target_network_outside_the_optimizer_may_move_unless_it_has_gradients() -> None:
+    strategy = three()
+    trainer(strategy).fit(Target(trained=False), loader())
+    assert strategy.local_steps == 16
+    with pytest.raises(RuntimeError, match=r"Parameter 'target.0.weight' moved .* set `requires_grad_\(False\)` on it"):
+        trainer(three()).fit(Target(trained=True), loader())
+
+
+class LateGenerator(Net):
+    """A generator whose optimizer begins at the fourth batch; all weights are clipped in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        self.automatic_optimization = False
+        self.generator = nn.Linear(3, 3)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net.parameters(), lr=0.1), torch.optim.SGD(self.generator.parameters(), lr=0.1)]
+
+    def training_step(self, batch, batch_idx):
+        critic, generator = self.optimizers()
+        critic.zero_grad()
+        with torch.no_grad():
+            made = self.generator(batch[0])
+        self.manual_backward(self(batch[0]).mean() - self(made).mean())
+        critic.step()
+        if batch_idx >= 3:
+            generator.zero_grad()
+            self.manual_backward(self(self.generator(batch[0])).mean())
+            generator.step()
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for p in self.parameters():
+                p.clamp_(-0.2, 0.2)
+
+
+def test_an_optimizer_that_begins_late_is_no_stranger_to_clipped_weights() -> None:
+    strategy = three()
+    trainer(strategy).fit(LateGenerator(), loader())
+    assert strategy.local_steps == 16
+
+
+def test_one_that_keeps_no_state_may_step_in_every_turn() -> None:
+    class Stateless(Second):
+        def make(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    strategy = three()
+    trainer(strategy).fit(Stateless(fresh=False), loader())
+    assert strategy.local_steps == 16
+
+
+def test_one_worker_shares_a_second_optimizer_with_nobody() -> None:
+    strategy = DilocoStrategy(num_nodes=1, diloco_interval=4)
+    trainer(strategy).fit(Second(fresh=False), loader())
+    assert strategy.local_steps == 48
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers in a list, as one."""
+
+    def __init__(self, params: Any) -> None:
+        first, *others = list(params)
+        self.optimizers = [torch.optim.Adam([first], lr=1e-2), torch.optim.SGD(others, lr=0.1, momentum=0.9)]
+        super().__init__([first, *others], {})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+
+class Remembers(torch.optim.SGD):
+    """Keeps its momentum, or averages of the weights, in an attribute."""
+
+    def __init__(self, params: Any, how: str) -> None:
+        super().__init__(list(params), lr=0.1)
+        self.how = how
+        self.buffers: dict[Any, Tensor] = {}
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+            if self.how == "momentum":
+                self.buffers[p] = p.grad.clone() + 0.9 * self.buffers.get(p, torch.zeros_like(p))
+            elif self.how == "slow weights":
+                slow.lerp_(p, 0.5)
+        super().step()
+        return loss
+
+
+def far() -> DilocoStrategy:
+    return DilocoStrategy(num_nodes=3, diloco_interval=10**6, final_sync=False)
+
+
+@pytest.mark.parametrize("make", [Both, lambda p: Remembers(p, "constants")])
+def test_optimizers_in_lists_and_constants_in_attributes_train_every_worker_as_its_own_trainer_would(make: Any) -> None:
+    strategy = far()
+    L.seed_everything(1, verbose=False)
+    trainer(strategy).fit(Net(make, batch_norm=False), loader())
+    for w in range(3):
+        alone = Net(make, batch_norm=False)
+        sampler = torch.utils.data.DistributedSampler(regression_data(), 3, w, seed=1)
+        trainer().fit(alone, DataLoader(regression_data(), 4, sampler=sampler))
+        assert_same(strategy.worker_state_dict(w), copy_of(alone.state_dict()))
+
+
+@pytest.mark.parametrize(("how", "attribute"), [("momentum", "buffers"), ("slow weights", "slow")])
+def test_state_in_attributes_of_an_optimizer_is_refused(how: str, attribute: str) -> None:
+    with pytest.raises(
+        RuntimeError, match=f"Remembers keeps tensors that its step changes in its attribute `{attribute}`"
+    ):
+        trainer(three()).fit(Net(lambda p: Remembers(p, how)), loader())
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
+def test_a_step_between_the_turns_is_refused(hook: str) -> None:
+    def step(self: Any) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.net(torch.ones(2, 3)).mean().backward()
+        optimizer.step()
+
+    module = type("Between", (InHook,), {hook: step})(late=False)
+    with pytest.raises(RuntimeError, match="Adam stepped between the workers' turns, where the module holds θ"):
+        trainer(three()).fit(module, loader())
 
 
 class Normalises(Net):

@@ -7,18 +7,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from loaders import N, Numbers, Recorder, Weighted, own_loader, tens
+from processes import run as run_processes
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diloco import DilocoStrategy
-from tests.helpers import trainer
-from tests.processes import run as run_processes
-from tests.test_data import N, Own, Recorder, Weighted
-from tests.test_whose_batch import own_loader, tens
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `__iter__` of Loader fetched"),
     pytest.mark.filterwarnings("ignore:The last 3 batch.es. of an epoch don't suffice for 4 workers"),
     pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
@@ -84,12 +81,12 @@ LOADERS: dict[str, Any] = {
     "stream": lambda: DataLoader(Set(), None),
     "sized stream": lambda: DataLoader(SizedSet(), None),
     "stream in processes": lambda: DataLoader(SizedSet(), None, num_workers=1),
-    "ignores its sampler": lambda: Ignores(Own(30), 2),
-    "cuts by itself": lambda: Cuts(Own(30), 2),
-    "leaves out": lambda: own_loader(skip_some)(Own(60), 2, shuffle=True),
-    "leaves out in processes": lambda: own_loader(skip_some)(Own(60), 2, shuffle=True, num_workers=2),
-    "leaves out of a sampler": lambda: own_loader(skip_some)(Own(60), 2, sampler=Weighted(torch.ones(60), 60)),
-    "two": lambda: {"a": Iterable(), "b": DataLoader(Own(30), 2, shuffle=True)},
+    "ignores its sampler": lambda: Ignores(Numbers(30), 2),
+    "cuts by itself": lambda: Cuts(Numbers(30), 2),
+    "leaves out": lambda: own_loader(skip_some)(Numbers(60), 2, shuffle=True),
+    "leaves out in processes": lambda: own_loader(skip_some)(Numbers(60), 2, shuffle=True, num_workers=2),
+    "leaves out of a sampler": lambda: own_loader(skip_some)(Numbers(60), 2, sampler=Weighted(torch.ones(60), 60)),
+    "two": lambda: {"a": Iterable(), "b": DataLoader(Numbers(30), 2, shuffle=True)},
 }
 
 
@@ -129,10 +126,10 @@ def test_the_order_depends_on_seed_epoch_and_loader_alone():
 
 
 # (an iterable that draws in ``__iter__`` itself draws once from the global generator, when Lightning checks it)
-@pytest.mark.parametrize("make", [Lazy, lambda: DataLoader(Set(), None), lambda: Ignores(Own(30), 2)])
+@pytest.mark.parametrize("make", [Lazy, lambda: DataLoader(Set(), None), lambda: Ignores(Numbers(30), 2)])
 def test_training_draws_the_same_whatever_data_draw(make):
     states = []
-    for loader in (make(), Cuts(Own(30), 2)):
+    for loader in (make(), Cuts(Numbers(30), 2)):
         torch.manual_seed(4)
         trainer(DilocoStrategy(N, 2)).fit(Recorder(), loader)
         states.append(torch.get_rng_state())
@@ -145,13 +142,14 @@ def test_a_partition_and_an_iter_of_its_own(tmp_path):
         model = Recorder()
         save = LambdaCallback(on_train_batch_end=lambda t, *_: t.save_checkpoint(tmp_path / f"{t.global_step}.ckpt"))
         strategy = DilocoStrategy(N, 2, partition=tens)
-        trainer(strategy, callbacks=[save]).fit(model, own_loader(skip_some)(Own(30), 2, shuffle=True), **kwargs)
+        trainer(strategy, callbacks=[save]).fit(model, own_loader(skip_some)(Numbers(30), 2, shuffle=True), **kwargs)
         return model.seen
 
     whole = read()
     assert read(ckpt_path=tmp_path / "2.ckpt") == {k: b[2 * (k[0] == 0) :] for k, b in whole.items()}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["iterable", "stream", "ignores its sampler"])
 def test_every_process_reads_the_same_stream(name, tmp_path):
     def read() -> Any:

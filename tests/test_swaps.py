@@ -120,3 +120,60 @@ def test_files_show_what_is_swapped_in_and_a_run_that_resumes_from_them_adopts_i
     file = torch.load("x.ckpt", weights_only=True)
     assert (file["state_dict"]["net.0.weight"] == 0.25).all()
     assert all((w["parameters"]["net.0.weight"] == 0.25).all() for w in file["diloco"]["workers"].values())
+
+
+class Writes(L.Callback):
+    """Writes 7 into a weight, and a number into a buffer, at a step that is followed by a validation."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 4:
+            with torch.no_grad():
+                pl_module.net[0].weight.fill_(7.0)
+                pl_module.net[1].running_mean.fill_(0.2)
+
+
+def test_a_write_just_before_a_validation_reaches_every_worker() -> None:
+    seen: list[Any] = []
+
+    class Looks(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.trainer.global_step == 4:
+                seen.append((self.net[0].weight.unique().tolist(), self.net[1].running_mean.unique().tolist()))
+
+    t = trainer(
+        DilocoStrategy(num_nodes=3, diloco_interval=50), max_steps=6, val_check_interval=2, callbacks=[Writes()]
+    )
+    t.fit(Looks(), loader(), loader(shuffle=False))
+    assert seen == [([7.0], [pytest.approx(0.2)])] * 3
+
+
+def test_an_average_swapped_in_before_a_validation_and_out_inside_it_leaves_training_as_it_was() -> None:
+    class Swaps(Average):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module)
+            if batch_idx == 7:
+                self.swap(trainer, pl_module)
+
+    callback = Swaps("never", "on_validation_end", "data", saves=False)
+    expected, found = run(None), run(callback)
+    assert callback.restores == 3
+    for a, b in zip(expected, found, strict=True):
+        assert_same(a, b)
+
+
+def test_weights_of_the_last_validation_written_back_steps_later_change_nothing_and_that_is_said() -> None:
+    class Reloads(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            self.best = copy_of(pl_module.state_dict())
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 10:
+                pl_module.load_state_dict(self.best)
+
+    expected = run(None)
+    with pytest.warns(
+        UserWarning, match="weights that the last validation saw were written into the module some steps"
+    ):
+        found = run(Reloads())
+    for a, b in zip(expected, found, strict=True):
+        assert_same(a, b)

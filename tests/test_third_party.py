@@ -56,6 +56,7 @@ def test_pytorch_forecasting_learns_under_four_workers(model: str) -> None:
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.processes
 def test_neuralforecast_which_builds_its_trainer_of_pytorch_lightning_inside_trains(tmp_path: Path) -> None:
     """N = 1 with plain average forecasts the very numbers that it forecasts without the strategy."""
     if importlib.util.find_spec("neuralforecast") is None:

@@ -12,36 +12,35 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-
-from lightning_diloco import DilocoStrategy
-from tests.helpers import Net, assert_same, copy_of, loader, regression_data, trainer
-from tests.test_data import (
+from loaders import (
     N,
-    Own,
+    Numbers,
     Recorder,
     Rows,
     SizedRows,
     Stream,
     Weighted,
+    as_lists,
     ddp,
     every_nth,
     fit,
-    plain,
+    own_loader,
+    skip_fifth,
 )
-from tests.test_whose_batch import own_loader, skip_fifth
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from lightning_diloco import DilocoStrategy
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The last . batch.es. of an epoch don't suffice"),
     pytest.mark.filterwarnings("ignore:The `__iter__` of Loader fetched"),
 ]
 
 
-class Noisy(Own):
+class Noisy(Numbers):
     """Draws from every generator in the process that reads it."""
 
     def __getitem__(self, index: int) -> Any:
@@ -82,7 +81,7 @@ class Looks(L.Callback):
     def look(self, trainer: L.Trainer) -> None:
         if self.looks:
             next(iter(trainer.train_dataloader))
-            self.read.append([plain(batch) for batch in trainer.train_dataloader])
+            self.read.append([as_lists(batch) for batch in trainer.train_dataloader])
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.look(trainer)
@@ -93,6 +92,7 @@ class Looks(L.Callback):
 
 
 GENERATOR = torch.Generator()
+
 
 LOADERS = {
     "shuffled": lambda: DataLoader(Noisy(24), 2, shuffle=True),
@@ -158,13 +158,13 @@ def test_a_hook_that_looks_disturbs_no_resumed_run(where, tmp_path):
 
 def test_a_partition():
     callback = Looks()
-    model = fit(DataLoader(Own(24), 2), partition=every_nth, callbacks=[callback])
+    model = fit(DataLoader(Numbers(24), 2), partition=every_nth, callbacks=[callback])
     assert callback.read == [model.seen[0, 0]] * 4
 
 
 @pytest.mark.parametrize("kind", [dict, list, CombinedLoader])
 def test_collections_of_loaders(kind):
-    both = {"a": DataLoader(Own(24), 2), "b": Rows(12)}
+    both = {"a": DataLoader(Numbers(24), 2), "b": Rows(12)}
     loaders: Any = {dict: both, list: list(both.values()), CombinedLoader: CombinedLoader(both, "min_size")}[kind]
     read = []
 
@@ -172,7 +172,7 @@ def test_collections_of_loaders(kind):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             now = trainer.train_dataloader
             parts = now if kind is list else list(now.values())
-            read.append([[plain(batch) for batch in part] for part in parts])
+            read.append([[as_lists(batch) for batch in part] for part in parts])
 
     model = fit(loaders, callbacks=[Reads()])
     for epoch in range(2):
@@ -190,7 +190,7 @@ def test_update_bn_in_a_hook():
     trainer(DilocoStrategy(N, 2), max_epochs=1, callbacks=[Updates()]).fit(model, loader())
     twin, data = Net().net, regression_data()
     twin.load_state_dict(model.net.state_dict())
-    indices = ddp(Own(96), 3, epochs=[0], batch_size=4)[0, 0]
+    indices = ddp(Numbers(96), 3, epochs=[0], batch_size=4)[0, 0]
     torch.optim.swa_utils.update_bn([data.tensors[0][i] for i in indices], twin)
     assert_same(copy_of(model.net.state_dict()), copy_of(twin.state_dict()))
 
@@ -254,7 +254,7 @@ def test_attributes_of_a_dataloader():
             with pytest.raises(ValueError, match="should not be set"):
                 now.batch_size = 3
 
-    data = Mine(Own(24), 2)
+    data = Mine(Numbers(24), 2)
     model = fit(data, callbacks=[Asks()])
     assert seen.pop("dataset") is data.dataset
     assert seen.pop("sampler") is data.sampler
@@ -271,9 +271,9 @@ def test_the_loader_that_hooks_see_can_be_copied():
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             now = trainer.train_dataloader
             twins = (now, copy.copy(now), copy.deepcopy(now), pickle.loads(pickle.dumps(now)))
-            read.extend([plain(batch) for batch in twin] for twin in twins)
+            read.extend([as_lists(batch) for batch in twin] for twin in twins)
 
-    model = fit(DataLoader(Own(24), 2, shuffle=True), callbacks=[Copies()])
+    model = fit(DataLoader(Numbers(24), 2, shuffle=True), callbacks=[Copies()])
     assert read == [model.seen[0, 0]] * 4 + [model.seen[1, 0]] * 4
 
 
@@ -287,7 +287,7 @@ def test_data_that_can_be_read_only_once_arent_read_by_hooks():
     assert model.seen == {(0, w): list(range(w, 12, N)) for w in range(N)}
 
 
-# ---------------------------------------------------------------------- what a step gets
+# -------------------------------------------------------------------------------------------- what a step gets
 
 
 class Mapping(dict):
@@ -336,6 +336,7 @@ class Graph:
 
 
 Pair = namedtuple("Pair", ["x", "nothing"])
+
 
 BATCHES = {
     "mapping": (lambda x: Mapping({"x": x}, size=len(x)), lambda b: b["x"]),
@@ -397,5 +398,5 @@ def test_the_batch_of_a_step_is_the_object_that_was_collated(workers):
         made.append({"x": [items, None]})
         return made[-1]
 
-    fit(DataLoader(Own(24), 2, collate_fn=collate), workers, Project())
+    fit(DataLoader(Numbers(24), 2, collate_fn=collate), workers, Project())
     assert len(made) == 24

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import Net, assert_same, copy_of, differs, loader, regression_data, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from observers import Probe
 from torch import nn
 
 from lightning_diloco import DilocoStrategy
@@ -24,14 +25,6 @@ def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
-
-
-class Probe(L.Callback):
-    """Calls ``look(trainer, module)`` in the named hooks."""
-
-    def __init__(self, look: Any, *hooks: str) -> None:
-        for hook in hooks:
-            setattr(self, hook, lambda trainer, module, *_, hook=hook, **__: look(hook, trainer, module))
 
 
 def test_between_steps_the_module_holds_theta_in_its_own_tensors_without_gradients() -> None:

@@ -1,34 +1,26 @@
 """Whose batch is it: loaders that don't yield what they fetch, in the order in which they fetch it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
 import pytest
 import torch
+from loaders import N, Numbers, Recorder, Weighted, each_epoch, fit, flat, own_loader, round_robin, skip_fifth, tens
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tests.test_data import N, Own, Recorder, Weighted, dealt, each_epoch, fit, flat
-
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create . worker processes"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
 ]
-
-
-def tens(dataset: Any, workers: int) -> list[range]:
-    """Worker w owns 10 w … 10 w + 9."""
-    return [range(10 * w, 10 * w + 10) for w in range(workers)]
 
 
 def own_only(model: Recorder) -> bool:
     return all(j // 10 == worker for (_, worker), batches in model.seen.items() for j in flat(batches))
 
 
-class SlowFirst(Own):
+class SlowFirst(Numbers):
     """The first third takes longer."""
 
     def __getitem__(self, index: int) -> int:
@@ -48,24 +40,11 @@ def test_processes_that_answer_out_of_order_dont_mix_the_shards(kind, partition)
 
 # ---------------------------------------------------------------------- an __iter__ of its own
 
+
 UNEVEN = (
     "The `__iter__` of Loader fetched 15 batch(es) of an epoch, but yielded 5, 4, 5 for the workers 0, 1, 2. A local"
     " step takes one batch of each, so the last 2 batch(es) are dropped."
 )
-
-
-def own_loader(change: Callable[[Any], Iterator[Any]], base: type = DataLoader) -> type:
-    """A loader that yields ``change(what is fetched)``."""
-
-    class Loader(base):  # type: ignore[misc]
-        def __iter__(self) -> Iterator[Any]:
-            return change(super().__iter__())
-
-    return Loader
-
-
-def skip_fifth(batches: Any) -> Iterator[Any]:
-    return (batch for k, batch in enumerate(batches) if k != 4)
 
 
 def skip_fifth_repacked(batches: Any) -> Iterator[Any]:
@@ -77,7 +56,7 @@ def skip_fifth_repacked(batches: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("processes", [0, 2])
 def test_left_out_batches_shift_nothing(base, change, processes):
     with pytest.warns(UserWarning, match=r"^The `__iter__` of") as warnings:
-        model = fit(own_loader(change, base)(Own(30), 2, num_workers=processes), partition=tens, max_epochs=1)
+        model = fit(own_loader(change, base)(Numbers(30), 2, num_workers=processes), partition=tens, max_epochs=1)
     assert [str(w.message) for w in warnings if "__iter__" in str(w.message)] == [UNEVEN]
     seen = {w: flat(b["numbers"] if isinstance(b, dict) else b for b in model.seen[0, w]) for w in range(N)}
     assert seen == {
@@ -88,7 +67,7 @@ def test_left_out_batches_shift_nothing(base, change, processes):
 
 
 def test_a_whole_round_may_be_left_out_in_silence():
-    model = fit(own_loader(lambda it: (b for k, b in enumerate(it) if k // 3 != 1))(Own(30), 2), partition=tens)
+    model = fit(own_loader(lambda it: (b for k, b in enumerate(it) if k // 3 != 1))(Numbers(30), 2), partition=tens)
     assert own_only(model)
     assert [flat(model.seen[e, 1]) for e in (0, 1)] == [[10, 11, 14, 15, 16, 17, 18, 19]] * 2
 
@@ -100,22 +79,25 @@ def by_fours_backwards(batches: Any) -> Iterator[Any]:
 
 def test_reordered_batches_reach_their_workers():
     model = fit(
-        own_loader(by_fours_backwards)(Own(24), 2), partition=lambda d, n: [range(8 * w, 8 * w + 8) for w in (0, 1, 2)]
+        own_loader(by_fours_backwards)(Numbers(24), 2),
+        partition=lambda d, n: [range(8 * w, 8 * w + 8) for w in (0, 1, 2)],
     )
     for (_, worker), batches in model.seen.items():
         assert sorted(flat(batches)) == list(range(8 * worker, 8 * worker + 8))
 
 
 def test_repeated_batches_reach_their_workers():
-    model = fit(own_loader(lambda it: (b for b in it for _ in range(2)))(Own(30), 2), partition=tens, max_epochs=1)
+    model = fit(own_loader(lambda it: (b for b in it for _ in range(2)))(Numbers(30), 2), partition=tens, max_epochs=1)
     assert own_only(model)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("partition", [tens, None])
 def test_changed_batches_go_in_order(processes, partition):
-    doubled = fit(own_loader(lambda it: (2 * b for b in it))(Own(30), 2, num_workers=processes), partition=partition)
-    plain = fit(DataLoader(Own(30), 2, num_workers=processes), partition=partition)
+    doubled = fit(
+        own_loader(lambda it: (2 * b for b in it))(Numbers(30), 2, num_workers=processes), partition=partition
+    )
+    plain = fit(DataLoader(Numbers(30), 2, num_workers=processes), partition=partition)
     assert doubled.seen == {key: [[2 * j for j in b] for b in batches] for key, batches in plain.seen.items()}
 
 
@@ -129,7 +111,7 @@ def read_ahead(batches: Any) -> Iterator[Any]:
 
 
 def test_batches_read_ahead_go_in_order():
-    assert fit(own_loader(read_ahead)(Own(30), 2)).seen == fit(DataLoader(Own(30), 2)).seen
+    assert fit(own_loader(read_ahead)(Numbers(30), 2)).seen == fit(DataLoader(Numbers(30), 2)).seen
 
 
 def merged(batches: Any) -> Iterator[Any]:
@@ -147,7 +129,7 @@ def skip_and_change(batches: Any) -> Iterator[Any]:
 )
 def test_what_cant_be_told_apart_is_said_with_counts(change, yielded, fetched):
     with pytest.warns(UserWarning, match="can't be told") as warnings:
-        fit(own_loader(change)(Own(30), 2), max_epochs=1)
+        fit(own_loader(change)(Numbers(30), 2), max_epochs=1)
     told = [str(w.message) for w in warnings if "can't be told" in str(w.message)]
     assert len(told) == 1
     assert told[0].startswith(
@@ -161,7 +143,7 @@ def test_what_cant_be_told_apart_is_said_with_counts(change, yielded, fetched):
 )
 def test_what_cant_be_told_apart_is_refused_with_a_partition(change, number, since):
     with pytest.raises(ValueError) as error:
-        fit(own_loader(change)(Own(30), 2), partition=tens)
+        fit(own_loader(change)(Numbers(30), 2), partition=tens)
     assert str(error.value) == (
         f"With `partition` every batch must belong to one worker, but batch {number} that the `__iter__` of Loader"
         f" yields is a new object made after fetching {since} batch(es) since the last one. Yield the fetched batches"
@@ -197,8 +179,8 @@ class ByIterator(DataLoader):
 @pytest.mark.parametrize("kind", [BySampler, ByLength, ByIterator])
 @pytest.mark.parametrize("partition", [tens, None])
 def test_other_ways_to_ask_the_sampler(kind, partition):
-    expected = fit(DataLoader(Own(30), 2, shuffle=True), partition=partition)
-    model = fit(kind(Own(30), 2, shuffle=True), partition=partition)
+    expected = fit(DataLoader(Numbers(30), 2, shuffle=True), partition=partition)
+    model = fit(kind(Numbers(30), 2, shuffle=True), partition=partition)
     assert model.seen == expected.seen
     assert model.during["batches"] == expected.during["batches"] == 5
 
@@ -214,21 +196,21 @@ class Cuts(DataLoader):
 
 
 def test_a_loader_that_never_asks_its_sampler_is_a_stream():
-    model = fit(Cuts(Own(24), 2))
-    assert model.seen == each_epoch(lambda _: dealt([[j, j + 1] for j in range(0, 24, 2)]))
+    model = fit(Cuts(Numbers(24), 2))
+    assert model.seen == each_epoch(lambda _: round_robin([[j, j + 1] for j in range(0, 24, 2)]))
     assert model.during["batches"] == 4
 
 
 def test_a_loader_that_never_asks_its_sampler_and_a_partition():
     with pytest.raises(ValueError, match="but the `__iter__` of Cuts doesn't ask the loader's sampler"):
-        fit(Cuts(Own(30), 2), partition=tens)
+        fit(Cuts(Numbers(30), 2), partition=tens)
 
 
 def test_samplers_of_the_user_are_drawn_once_per_epoch_for_own_loaders_too():
     sampler = Weighted(torch.ones(30), 30)
-    model = fit(own_loader(lambda it: it)(Own(30), 2, sampler=sampler))
+    model = fit(own_loader(lambda it: it)(Numbers(30), 2, sampler=sampler))
     for epoch in range(2):
-        shards = dealt(sampler.drawn[epoch])
+        shards = round_robin(sampler.drawn[epoch])
         assert [flat(model.seen[epoch, w]) for w in range(N)] == shards
 
 

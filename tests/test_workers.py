@@ -1,5 +1,6 @@
 """Is each worker an ordinary training run of its own, between synchronisations?"""
 
+from collections import defaultdict
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_diloco import DilocoStrategy
+from lightning_diloco.comm.tensors import copied
 from lightning_diloco.state.randomness import RandomStream, derive_seed
 
 SEED = 5
@@ -344,3 +346,17 @@ def test_results_are_reproducible() -> None:
         return copy_of(module.state_dict())
 
     assert_same(run(), run())
+
+
+def test_a_copy_of_nested_state_shares_no_tensor_and_keeps_keys_and_kinds_of_dicts() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    state = {parameter: {"lists": [(torch.ones(2), defaultdict(int, {"a": torch.ones(2)}))], "step": 3}}
+    for plain, kind in ((False, defaultdict), (True, dict)):
+        duplicate = copied(state, plain=plain)
+        ((key, values),) = duplicate.items()
+        assert key is parameter
+        assert type(values["lists"][0][1]) is kind
+        for tensor in (values["lists"][0][0], values["lists"][0][1]["a"]):
+            tensor.zero_()
+        assert torch.equal(state[parameter]["lists"][0][0], torch.ones(2))
+        assert torch.equal(state[parameter]["lists"][0][1]["a"], torch.ones(2))

@@ -133,7 +133,8 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         trainer, fit = self.trainer, fit_of(self.trainer)
         engine, module, connector = fit.engine, trainer.lightning_module, trainer._logger_connector
         turns = WorkerTurns(self)
-        fit.keeps_gradients = looks_at_gradients(trainer)
+        fit.keeps_gradients = fit.keeps_gradients or looks_at_gradients(trainer)
+        engine.progress.manual = not module.automatic_optimization
         fit.follow_optimizers()
         # Lightning's loop broadcasts here whether process 0 got a SIGTERM; that waits for the next synchronisation
         iterator = None  # of a `training_step(self, dataloader_iter)`, which only N = 1 permits
@@ -164,7 +165,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         if given:
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
-            left = {w: b for w, b in given.items() if w not in engine.torn_step}  # all, unless an error tore this step
+            left = {w: b for w, b in given.items() if w not in engine.progress.done}  # all, but in a torn step
             responses = turns.hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
             end_of_epoch = -1 in responses
@@ -178,7 +179,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                     end_hook()  # it may step, too: so it comes before the step is counted, not after the callbacks'
                     end_hook_is_due = False
                 if self.automatic_optimization._skip_backward:
-                    engine.forget_step()  # SWA's pass for BatchNorm statistics trains nothing
+                    engine.progress.forget()  # SWA's pass for BatchNorm statistics trains nothing
                 else:
                     self._end_step()
         counted = engine.local_steps > steps_before
@@ -196,9 +197,12 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             self.batch_progress.is_last_batch = data_fetcher.done
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         if end_hook_is_due:
-            with engine.counted_batch(counted):
+            engine.progress.counted = counted
+            try:
                 end_hook()
-            if engine.stepped:
+            finally:
+                engine.progress.counted = False
+            if engine.progress.stepped:
                 self._end_step()
         _obey_signals(trainer)
         connector.on_batch_end()

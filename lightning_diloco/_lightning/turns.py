@@ -98,7 +98,7 @@ class WorkerTurns:
         }
         stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
         counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)
-        with counters.kept(lambda: set(inputs) <= set(engine.torn_step)):
+        with counters.kept(lambda: set(inputs) <= engine.progress.done):
             if engine.algorithm.needs_gradients and automatic and stepping:
                 outputs = self._run_after_all_backwards(inputs, batch_idx, counters)
             else:
@@ -110,6 +110,7 @@ class WorkerTurns:
                             outputs[w] = self._loop.automatic_optimization.run(optimizer, batch_idx, inputs[w])
                         else:
                             outputs[w] = self._loop.manual_optimization.run(inputs[w])
+                    engine.progress.done.add(w)
         self._results.fold()
         return outputs
 
@@ -130,6 +131,7 @@ class WorkerTurns:
         for w in counters.each(inputs):
             with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
                 loop._optimizer_step(batch_idx, closures[w])
+            engine.progress.done.add(w)
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 
     def hook(self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:

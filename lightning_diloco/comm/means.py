@@ -1,7 +1,7 @@
-"""The arithmetic of an exchange: the mean of workers' tensors, piece by piece.
+"""The arithmetic of a mean over workers, piece by piece.
 
 Owns the order of summation, the accumulation dtype, and the cutting of tensors into pieces of bounded size. Does not
-own where the pieces come from or go to (``comm.py``). Imports nothing of Lightning.
+move pieces between processes (``channel.py``). Imports nothing of Lightning.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +18,12 @@ CHUNK = 1 << 22
 def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """``x_0 + (Σ_{i>0} (x_i − x_0)) / N``, summed in order; with weights ``x_0 + Σ_{i>0} w_i (x_i − x_0) / Σ_i w_i``.
 
-    Where all tensors are equal (infinite, too), so is their mean, exactly; ``Σ x_i / N`` misses it for N = 3, 5, 6, 7.
+    The mean of equal tensors, infinite ones included, is exactly their value; ``Σ x_i / N`` misses the value for
+    N = 3, 5, 6, 7.
 
     Args:
-        tensors: at least one; same shape and dtype.
-        weights: one number per tensor, not all zero.
+        tensors: N ≥ 1 tensors of the same shape and dtype.
+        weights: a number for each tensor, not all zero.
 
     Returns:
         A new tensor; half types are accumulated, and returned, in float32.
@@ -36,18 +37,18 @@ def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
         difference = (tensor - first).masked_fill_(tensor == first, 0)  # ∞ − ∞ would be NaN
         shift += difference if weights is None else difference * weights[i]
     mean = shift.div_(len(tensors) if weights is None else sum(weights)).add_(first)
-    return torch.where(mean == first, first, mean)  # keeps the sign of −0.0
+    return torch.where(mean == first, first, mean)  # −0.0 + 0.0 would be 0.0
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Half types are summed in float32."""
+    """The dtype in which tensors of ``dtype`` are summed: float32 for half types, ``dtype`` itself otherwise."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 class Differences(Mapping[str, Tensor]):
-    """``minuend − subtrahend``, tensor by tensor and piece by piece, computed when asked for.
+    """``minuend − subtrahend``, computed tensor by tensor and piece by piece when read.
 
-    All workers' Δ_i at once would be N more models in memory.
+    The Δ_i of all workers at the same time would need the memory of N more models.
     """
 
     def __init__(self, names: Sequence[str], minuend: Mapping[str, Tensor], subtrahend: Mapping[str, Tensor]) -> None:
@@ -64,9 +65,8 @@ class Differences(Mapping[str, Tensor]):
 
 
 def chunks(names: Sequence[str], like: Mapping[str, Tensor], most: int) -> Iterator[list[tuple[str, int, int]]]:
-    """Segments (name, start, stop) of flattened tensors, in groups of one dtype and device and ``most`` elements."""
-    kinds = dict.fromkeys((like[n].dtype, like[n].device) for n in names)
-    for kind in kinds:
+    """Segments (name, start, stop) of flattened tensors, in groups of equal dtype and device and ``most`` elements."""
+    for kind in dict.fromkeys((like[n].dtype, like[n].device) for n in names):
         group, free = [], most
         for name in names:
             size, at = like[name].numel() * (1 + like[name].is_complex()), 0
@@ -82,7 +82,7 @@ def chunks(names: Sequence[str], like: Mapping[str, Tensor], most: int) -> Itera
 
 
 def reader(tensors: Mapping[str, Tensor], name: str) -> Callable[[int, int], Tensor]:
-    """``(start, stop) →`` elements of a flattened tensor; of a difference, only those asked for are computed."""
+    """``(start, stop) →`` elements of the flattened tensor ``name``; differences are computed for these only."""
     if isinstance(tensors, Differences):
         minuend, subtrahend = flat(tensors.minuend[name]), flat(tensors.subtrahend[name])
         return lambda start, stop: minuend[start:stop] - subtrahend[start:stop]
@@ -91,17 +91,17 @@ def reader(tensors: Mapping[str, Tensor], name: str) -> Callable[[int, int], Ten
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor of the same shape, dtype and device that takes no memory; nobody looks at its values."""
+    """A tensor of the same shape, dtype and device that takes no memory; its values are meaningless."""
     tensor = (tensors.minuend if isinstance(tensors, Differences) else tensors)[name]
     return tensor.new_empty(()).expand(tensor.shape)
 
 
 def room_for(like: Tensor) -> Tensor:
-    """A flat tensor for the mean of such tensors."""
+    """An empty flat tensor for the mean of tensors like ``like``."""
     size = like.numel() * (1 + like.is_complex())
     return torch.empty(size, dtype=accumulator(like.dtype.to_real()), device=like.device)
 
 
 def in_shape(mean: Tensor, like: Tensor) -> Tensor:
-    """A flat mean in the shape of ``like``, complex if that is."""
+    """A flat mean in the shape of ``like``, complex if ``like`` is complex."""
     return torch.view_as_complex(mean.view(*like.shape, 2)) if like.is_complex() else mean.view(like.shape)

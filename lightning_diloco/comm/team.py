@@ -1,7 +1,7 @@
-"""Gradients of a worker that has several processes (a team): each process's become the mean over the team.
+"""When the processes of a worker's team average their gradients: once per forward and backward pass.
 
-Owns *when* the mean is due: once per forward and backward pass. Does not own the mean (``world.py``) nor the hooks of
-Lightning in which passes end (``_lightning/team.py``). Imports nothing of Lightning.
+Does not own the mean (``world.py``) nor the hooks of Lightning in which passes end (``_lightning/team.py``). Imports
+nothing of Lightning.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from lightning_diloco.comm.world import World
 
 
 class TeamGradients:
-    """Whether the gradients of the present pass are means already.
+    """Averages the gradients of every pass over the worker's team exactly once.
 
     Args:
         world: the processes.
@@ -26,15 +26,17 @@ class TeamGradients:
 
     @contextmanager
     def one_pass(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Inside is one forward and backward pass, at whose end the gradients are means over the worker's team."""
+        """The block is a forward and backward pass; afterwards the gradients are means over the worker's team."""
         self._averaged = False
         yield
+        # Without a backward pass (the loss was None) this process must join the all-reduce all the same: another
+        # process of the team may have a loss, and would wait for this process until the timeout.
         if not (self._averaged or self._computed_before):
-            self.average(parameters)  # no backward pass here (the loss was None), but perhaps on another member
+            self.average(parameters)
 
     @contextmanager
     def computed_before(self) -> Iterator[None]:
-        """Inside, closures only return a loss that was computed before: there is nothing to average."""
+        """Inside, closures return a loss whose gradients are averaged already; passes average nothing."""
         self._computed_before = True
         try:
             yield
@@ -42,6 +44,6 @@ class TeamGradients:
             self._computed_before = False
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The backward pass has ended."""
+        """Averages the gradients at the end of a backward pass."""
         self.world.average_gradients(parameters)
         self._averaged = True

@@ -1,13 +1,34 @@
-"""Tensors as numbers and as bits: compared, hashed, and made ready to travel.
+"""Tensors as numbers and as bits: copied, compared, hashed, and viewed as bytes for ``torch.distributed``.
 
 Owns nothing but these functions. Imports nothing of Lightning.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def copied(value: Any, device: torch.device | None = None, plain: bool = False) -> Any:
+    """A deep copy of nested state that shares no tensor with ``value``.
+
+    Args:
+        value: tensors in dicts, lists and tuples; dict keys stay the same objects, other values are deep-copied.
+        device: move tensors there, except tensors of at most one element (step counters), which move to the CPU only.
+        plain: dicts of a subclass become plain dicts, so that files load with ``weights_only=True``.
+    """
+    if isinstance(value, Tensor):
+        clone = value.detach().clone()
+        moves = device is not None and (value.numel() > 1 or device.type == "cpu")
+        return clone.to(device) if moves else clone
+    if type(value) is dict or (plain and isinstance(value, dict)):
+        return {k: copied(v, device, plain) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(v, device, plain) for v in value)
+    return copy.deepcopy(value)
 
 
 def bitwise_equal(a: Tensor, b: Tensor) -> bool:
@@ -22,22 +43,22 @@ def bitwise_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Complex numbers as pairs of real ones."""
+    """Complex numbers as pairs of real numbers."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """One dimension of real numbers, in the logical order of elements; a view where the memory is in that order."""
+    """Flattened real numbers, in the logical order of the elements; a view where the memory has that order."""
     return real_view(tensor).reshape(-1)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bytes, which share its memory: every back end can move them, whatever the dtype."""
+    """The bytes of a contiguous tensor, as a view: every back end can send bytes, but not every dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def digest(tensor: Tensor, reference: Tensor | None) -> bytes:
-    """Empty if the tensor is the reference bit for bit, else a hash of its bits."""
+    """A hash of the tensor's bits; empty if they equal the reference's."""
     if reference is not None and bitwise_equal(tensor, reference):
         return b""
     bits = bytes_of(tensor.detach().cpu().contiguous()).numpy()
@@ -45,7 +66,7 @@ def digest(tensor: Tensor, reference: Tensor | None) -> bytes:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """A number that differs, almost surely, if a bit does."""
+    """A number that almost surely differs between tensors that differ in a bit."""
     total = 0
     for n, t in tensors.items():
         bits = bytes_of(t.detach().contiguous())

@@ -1,11 +1,12 @@
-"""The processes that share the workers, this one's place among them, and the ways in which they talk.
+"""The processes of a run: which process hosts which workers, and the collectives between processes.
 
-Owns the layout (who hosts which worker) and every call of ``torch.distributed`` but the exchange of tensors between
-workers, which is ``comm.py``'s. Does not start processes (``_lightning/launching.py``). Imports nothing of Lightning.
+Owns every call of ``torch.distributed`` except the means and exchanges of workers' tensors (``channel.py``). Does not
+start processes (``_lightning/launching.py``). Imports nothing of Lightning.
 
 With W processes and N workers either W divides N, and each process hosts N/W workers, or N divides W, and each worker
 is a team of k = W/N processes that average their gradients. Process r hosts the workers from ⌊r/k⌋·N/W on (k = 1), or
-is number r mod k of worker ⌊r/k⌋'s team: a worker's team is contiguous, so that it shares a machine if it can.
+is number r mod k of worker ⌊r/k⌋'s team. The ranks of a team are consecutive, because torchrun and SLURM give
+consecutive ranks to a machine, and the team's all-reduce of every step is the most frequent message.
 """
 
 import io
@@ -29,16 +30,16 @@ class World:
     Args:
         num_workers: N ≥ 1.
         rank: this process, 0 ≤ rank < size.
-        size: W ≥ 1; divides N, or N divides it.
+        size: W ≥ 1; W divides N, or N divides W.
 
     Attributes:
         workers: global ids of the workers hosted here, ascending.
         team: number of processes per worker k (1 unless W > N).
         member: this process's number in its worker's team, from 0.
         device: where this process computes.
-        signals: what this process was told from outside: "stop" (SIGTERM), "requeue" (SLURM). The others hear of it at
-            the next synchronisation.
-        known_signals: what some process was told, and all know.
+        signals: signals that this process has received: "stop" (SIGTERM), "requeue" (SLURM). The other processes learn
+            of them at the next synchronisation.
+        known_signals: signals that some process has received and that all processes know of.
     """
 
     def __init__(self, num_workers: int, rank: int = 0, size: int = 1) -> None:
@@ -52,12 +53,12 @@ class World:
         self.signals: set[str] = set()
         self.known_signals: set[str] = set()
         self.device = torch.device("cpu")
-        self.group: Any = None  # torch's default process group, as it was when this world was connected
+        self.group: Any = None  # torch's default process group at the time of connect()
         self._timeout: timedelta | None = None
         self._control: Any = None
         self._team_group: Any = None
 
-    # ---------------------------------------------------------------------------------------- who hosts what
+    # ---------------------------------------------------------------------------------------- layout
 
     def host(self, worker: int, member: int = 0) -> int:
         """The process that hosts ``worker`` (the given member of its team)."""
@@ -69,21 +70,21 @@ class World:
 
     @property
     def shards(self) -> int:
-        """Into how many parts the data is sharded: N·k."""
+        """Number of shards of the data: N·k."""
         return self.num_workers * self.team
 
     def shard(self, worker: int) -> int:
-        """Which part of the data this process reads for ``worker``: member j of worker w's team reads j·N + w."""
+        """The shard that this process reads for ``worker``: member j of worker w's team reads shard j·N + w."""
         return self.member * self.num_workers + worker
 
-    # ---------------------------------------------------------------------------------------- talking
+    # ---------------------------------------------------------------------------------------- collectives
 
     def connect(self, timeout: timedelta | None, settings: dict[str, Any]) -> None:
-        """Opens this world's channels; torch's process group exists already. All processes call it together.
+        """Makes the process groups; torch's default group exists already. All processes call this together.
 
         Args:
             timeout: how long a process waits for the others; None: torch's default, half an hour.
-            settings: what must be the same on all processes.
+            settings: settings that must be the same on all processes.
 
         Raises:
             ValueError: the settings differ.
@@ -95,79 +96,80 @@ class World:
         self._control = dist.new_group(backend="gloo", timeout=self._timeout)
         self.check_equal("the start", settings)
         if self.team > 1:
-            for worker in range(self.num_workers):
+            for worker in range(self.num_workers):  # every process makes all groups, since new_group is collective
                 group = dist.new_group([self.host(worker, j) for j in range(self.team)], timeout=self._timeout)
                 self._team_group = group if worker in self.workers else self._team_group
 
     def disconnect(self) -> None:
-        """Lets go of its channels; nobody can talk afterwards."""
+        """Drops the process groups; no collective is possible afterwards."""
         self.group = self._control = self._team_group = None
 
     def gather_all(self, where: str, value: Any = None, detail: str = "") -> list[Any]:
-        """Waits until all processes are here; returns every process's ``value``, by rank.
+        """Waits until all processes have called this; returns the ``value`` of every process, by rank.
 
         Args:
-            where: the place in the run, in words that complete "is at …"; must be the same for all.
+            where: the place in the run, in words that complete "is at …"; must be the same on all processes.
             value: anything picklable and small.
-            detail: more about the place, for messages; may differ.
+            detail: more about the place, for messages; may differ between processes.
 
         Raises:
-            RuntimeError: a process did not come within the timeout, or came from another place.
+            RuntimeError: a process did not call within the timeout, or called at another place.
         """
         if self.size == 1:
             return [value]
         seen: list[Any] = [None] * self.size
         with self.label_errors(f"{where} {detail}".strip()):
-            # first a barrier that tells process 0 who is missing
+            # all_gather_object alone would time out without a word on who is missing: this barrier tells process 0
             dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
             dist.all_gather_object(seen, (where, detail, value), group=self._control)
         if len({place for place, _, _ in seen}) > 1:
-            places = "; ".join(f"process {r} is at {' '.join(theirs[:2]).strip()}" for r, theirs in enumerate(seen))
+            places = "; ".join(f"process {r} is at {f'{at} {more}'.strip()}" for r, (at, more, _) in enumerate(seen))
             raise RuntimeError(
                 f"The processes are at different places: {places}. All must take the same steps; look for loaders of"
                 " different lengths, and for hooks that stop, validate, save or (with sync_dist=True) log on one"
                 " process only."
             )
-        return [theirs for _, _, theirs in seen]
+        return [value for _, _, value in seen]
 
     @contextmanager
     def label_errors(self, where: str) -> Iterator[None]:
-        """Inside, processes exchange something; if that fails, the error says where it was."""
+        """Adds the place in the run, ``where``, to the error of a collective in the block."""
         try:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"Process {self.rank} of {self.size} waited for the others at {where}, in vain: one has ended or hangs"
-                f" (at most `timeout` = {self._timeout} was waited). Its own output tells why. {error}"
+                f"Process {self.rank} of {self.size} stopped waiting at {where}: another process has exited or hangs"
+                f" (`timeout` = {self._timeout}). See the output of that process. {error}"
             ) from error
 
     def gather_signals(self, where: str) -> None:
-        """All learn what one of them was told."""
+        """Tells all processes which signals any process has received."""
         self.known_signals = set().union(*self.gather_all(where, self.signals))
 
     @property
     def stopping(self) -> bool:
-        """Whether some process was told to end, and all know it."""
+        """Whether all processes know that some process has received SIGTERM."""
         return "stop" in self.known_signals
 
     def check_equal(self, where: str, value: dict[str, Any]) -> None:
-        """Checks that all processes were given the same.
+        """Checks that ``value`` is equal on all processes.
 
         Raises:
-            ValueError: names the entry, the process and both values.
+            ValueError: names the differing entry, the process and both values.
         """
         gathered = self.gather_all(where, value)
-        for rank, theirs in enumerate(gathered):
-            for key in gathered[0] | theirs:
-                if theirs.get(key) != gathered[0].get(key):
+        first = gathered[0]
+        for rank, given in enumerate(gathered):
+            for key in first | given:
+                if given.get(key) != first.get(key):
                     raise ValueError(
-                        f"The processes were started with different settings: `{key}` is {gathered[0].get(key)!r} on"
-                        f" process 0 and {theirs.get(key)!r} on process {rank}. Start the same script with the same"
+                        f"The processes were started with different settings: `{key}` is {first.get(key)!r} on"
+                        f" process 0 and {given.get(key)!r} on process {rank}. Start the same script with the same"
                         " arguments everywhere."
                     )
 
     def decided_by_first(self, decide: Callable[[], Any]) -> Any:
-        """What ``decide`` returns on process 0; if it raises there, all raise."""
+        """Calls ``decide`` on process 0; all processes return its result, or raise its exception."""
         if self.size == 1:
             return decide()
         outcome: list[Any] = [None, None]
@@ -175,55 +177,60 @@ class World:
             try:
                 outcome = [decide(), None]
             except Exception as error:
-                outcome = [None, error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")]
-        with self.label_errors("a decision of the first process"):
+                # an error that stayed on process 0 would leave the others waiting in the broadcast below
+                outcome = [None, error if _can_pickle(error) else RuntimeError(f"{type(error).__name__}: {error}")]
+        with self.label_errors("a decision of process 0"):
             dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
     def gather_to_first(self, value: Any) -> list[Any]:
-        """Every process's ``value``, by rank, on process 0; an empty list elsewhere."""
+        """The ``value`` of every process, by rank, on process 0; an empty list on the others."""
         if self.size == 1:
             return [value]
         packed = io.BytesIO()
-        torch.save(value, packed)  # pickle alone can't do tensors of every dtype
+        torch.save(value, packed)  # pickle can't serialise tensors of every dtype
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with self.label_errors("a collection by the first process"):
+        with self.label_errors("a collection by process 0"):
             dist.gather_object(packed.getvalue(), gathered, dst=0, group=self._control)
-        return [torch.load(io.BytesIO(theirs), weights_only=False) for theirs in gathered or []]
+        return [torch.load(io.BytesIO(data), weights_only=False) for data in gathered or []]
 
     # ---------------------------------------------------------------------------------------- inside a team
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """``p.grad`` becomes its mean over the worker's team; a missing one counts as zero unless all lack it.
+        """``p.grad`` becomes the mean over the worker's team.
+
+        A missing gradient counts as zero, unless it is missing on all processes of the team.
 
         Args:
-            parameters: the same on all members; those without ``requires_grad`` are left out.
+            parameters: the same on all processes of the team; those without ``requires_grad`` are left out.
 
         Raises:
             RuntimeError: a gradient is sparse.
         """
         if self.team == 1:
             return
-        held = [p for p in parameters if p.requires_grad]
-        for p in held:
+        trainable = [p for p in parameters if p.requires_grad]
+        for p in trainable:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(
                     f"A parameter of shape {tuple(p.shape)} has a sparse gradient, which a worker's {self.team}"
                     " processes can't average. Use `sparse=False`, or at most as many processes as workers."
                 )
-        for some in _buckets(held, means.CHUNK):
-            has = torch.tensor([p.grad is not None for p in some], dtype=some[0].dtype.to_real(), device=some[0].device)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-            pieces = [flat(t) for t in [*gradients, has]]
+        for bucket in _buckets(trainable, means.CHUNK):
+            # A process can't skip a missing gradient, since the others wait for its part of the all-reduce: zeros go
+            # into the sum, and a flag per parameter tells all processes whether any process has that gradient.
+            flags = bucket[0].new_tensor([p.grad is not None for p in bucket], dtype=bucket[0].dtype.to_real())
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            pieces = [flat(t) for t in [*gradients, flags]]
             together = torch.cat(pieces).div_(self.team)
-            with self.label_errors("the mean of its team's gradients"):
+            with self.label_errors("the mean of gradients in a worker's team"):
                 dist.all_reduce(together, group=self._team_group)
             *averages, present = torch.split(together, [t.numel() for t in pieces])
-            for p, gradient, mean, somewhere in zip(some, gradients, averages, present.tolist(), strict=True):
-                if somewhere:
+            for p, gradient, mean, any_has in zip(bucket, gradients, averages, present.tolist(), strict=True):
+                if any_has:
                     p.grad = gradient
                     real_view(gradient).copy_(mean.view_as(real_view(gradient)))
 
@@ -232,17 +239,17 @@ class World:
         """The mean over the worker's team, as a new tensor."""
         mean = value.detach() / self.team
         if self.team > 1:
-            with self.label_errors("the mean of its team's losses"):
+            with self.label_errors("the mean of losses in a worker's team"):
                 dist.all_reduce(mean, group=self._team_group)
         return mean
 
     def broadcast_in_team(self, tensors: Iterable[Tensor]) -> None:
-        """The team's first member's values become gathered's, in place, as DDP does with buffers."""
+        """Copies the tensors of the team's first process to the others in place, as DDP does with buffers."""
         if self.team > 1:
-            self._broadcast(tensors, self.host(self.workers[0]), "the buffers of its team", self._team_group)
+            self._broadcast(tensors, self.host(self.workers[0]), "the buffers of a worker's team", self._team_group)
 
     def broadcast(self, tensors: Iterable[Tensor], source: int, where: str) -> None:
-        """Process ``source``'s values become gathered's, in place; ``where`` as in :meth:`gather_all`."""
+        """Copies the tensors of process ``source`` to all processes in place; ``where`` as in :meth:`gather_all`."""
         if self.size > 1:
             self._broadcast(tensors, source, where, None)
 
@@ -263,10 +270,10 @@ def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
     Args:
         num_workers: N.
         size: W.
-        started_by: what asked for W processes, for the message.
+        started_by: who asked for W processes, for the message.
 
     Raises:
-        ValueError: neither is a multiple of the other.
+        ValueError: neither number is a multiple of the other.
     """
     if size % num_workers and num_workers % size:
         fits = [w for w in range(1, 2 * max(size, num_workers) + 1) if w % num_workers == 0 or num_workers % w == 0]
@@ -279,7 +286,7 @@ def check_layout(num_workers: int, size: int, started_by: str = "") -> None:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one dtype and device, with ``most`` elements together unless a single one has more."""
+    """Groups of parameters of the same dtype and device, of at most ``most`` elements or a single larger parameter."""
     for key in dict.fromkeys((p.dtype, p.device) for p in parameters):
         bucket: list[nn.Parameter] = []
         size = 0
@@ -292,8 +299,8 @@ def _buckets(parameters: Sequence[nn.Parameter], most: int) -> Iterator[list[nn.
         yield bucket
 
 
-def _travels(error: Exception) -> bool:
-    """Whether an exception survives pickling; those with constructors of their own may not."""
+def _can_pickle(error: Exception) -> bool:
+    """Whether an exception survives pickling; a class with an ``__init__`` of other arguments may not."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

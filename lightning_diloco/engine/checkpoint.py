@@ -8,9 +8,9 @@ Format version 1: :class:`RunState`, whose classes are the one list of keys that
 Worker ids are global; tensors are copies.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.comm.channel import Exchange, Ledger
 from lightning_diloco.comm.means import mean_of
-from lightning_diloco.comm.tensors import bitwise_equal
+from lightning_diloco.comm.tensors import bitwise_equal, copied
 from lightning_diloco.comm.world import World
 from lightning_diloco.state.replicas import Layout, ModelState, put_buffer
 from lightning_diloco.state.worker import OptimizerState, Worker
@@ -29,6 +29,8 @@ from lightning_diloco.state.worker import OptimizerState, Worker
 VERSION = 1
 
 Packed = dict[str, Any]
+
+_copied = partial(copied, plain=True)
 
 
 class StreamState(TypedDict):
@@ -93,7 +95,8 @@ class LoaderState(TypedDict):
 class TornState(TypedDict):
     """A step that an error interrupted."""
 
-    workers: list[int]  # those that have taken the step, which isn't in local_steps
+    workers: list[int]  # those that are done with the batch, which isn't in local_steps
+    stepped: bool  # whether an optimizer has stepped in it
     outer_step: bool  # whether the outer step was under way
 
 
@@ -151,7 +154,7 @@ def pack(
         "exchanges": _pack_ledger(context.ledger),
         "outer": {
             "names": [[names[id(p)] for p in group["params"]] for group in groups],
-            "parameters": _clones(theta.tensors),
+            "parameters": _copied(theta.tensors),
             "buffers": _pack_buffers(layout, theta),
             "optimizer": _copied(outer.optimizer.state_dict()),
         },
@@ -362,14 +365,14 @@ def _pack_worker(context: SyncContext, w: int, theta: Mapping[str, Tensor], stat
     names = {id(p): n for n, p in layout.parameters.items()}
     stream = worker.stream
     return {
-        "parameters": None if all(bitwise_equal(replica[n], theta[n]) for n in theta) else _clones(replica),
+        "parameters": None if all(bitwise_equal(replica[n], theta[n]) for n in theta) else _copied(replica),
         "buffers": _pack_buffers(layout, state),
         "inner": [_pack_inner(o, s) for o, s in zip(context.inner.live, worker.states, strict=True)],
         "control": _copied(worker.control),
         "scaler": None if worker.scaler is None else _copied(worker.scaler.state_dict()),
-        "random": None if stream is None else {"cpu": stream.cpu_state.clone(), "cuda": _clone(stream.cuda_state)},
+        "random": None if stream is None else {"cpu": stream.cpu_state.clone(), "cuda": _copied(stream.cuda_state)},
         "gradients": {names[id(p)]: g.detach().clone() for p, g in worker.gradients.items() if id(p) in names},
-        "slots": {name: _clones(slot) for (i, name), slot in context.replicas.slots.items() if i == w},
+        "slots": {name: _copied(slot) for (i, name), slot in context.replicas.slots.items() if i == w},
     }
 
 
@@ -443,11 +446,7 @@ def _parameters_of(optimizer: Any) -> list[Any]:
 
 
 def _pack_buffers(layout: Layout, state: ModelState) -> dict[str, dict[str, Tensor | None]]:
-    return {
-        name: {k: _clone(b) for k, b in own.items()}
-        for name, own in zip(layout.module_names, state.buffers, strict=True)
-        if own
-    }
+    return {name: _copied(own) for name, own in zip(layout.module_names, state.buffers, strict=True) if own}
 
 
 def _unpack_buffers(layout: Layout, state: ModelState, saved: Mapping[str, Mapping[str, Tensor | None]]) -> None:
@@ -482,24 +481,3 @@ def _check_parameters(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]
                 f"Parameter {name!r} has the shape {tuple(saved[name].shape)} in the checkpoint and"
                 f" {tuple(present[name].shape)} in the module. Resume with the module that wrote the checkpoint."
             )
-
-
-def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.detach().clone(memory_format=torch.preserve_format) for n, t in tensors.items()}
-
-
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
-
-
-def _copied(value: Any, device: torch.device | None = None) -> Any:
-    """A deep copy that shares no tensor; with a device, tensors are moved there (step counters to the CPU only)."""
-    if isinstance(value, Tensor):
-        clone = value.detach().clone()
-        moves = device is not None and (value.numel() > 1 or device.type == "cpu")
-        return clone.to(device) if moves else clone
-    if isinstance(value, dict):
-        return {k: _copied(v, device) for k, v in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_copied(v, device) for v in value)
-    return copy.deepcopy(value)

@@ -17,7 +17,6 @@ engine runs without a Trainer::
     engine.close()                                # gives hooks and gradients back
 """
 
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +32,7 @@ from lightning_diloco.algorithms.report import OuterStepReport
 from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import checkpoint
+from lightning_diloco.engine.progress import BatchProgress
 from lightning_diloco.engine.views import Views
 from lightning_diloco.state.checks import (
     refuse_foreign_tensors,
@@ -40,7 +40,7 @@ from lightning_diloco.state.checks import (
     refuse_unswappable,
     refuse_untrainable,
 )
-from lightning_diloco.state.guard import StepGuard
+from lightning_diloco.state.guard import AttributeGuard, StepGuard
 from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.optimizers import InnerOptimizers
 from lightning_diloco.state.outer import Outer, OuterFactory
@@ -102,7 +102,7 @@ class Engine:
         held = [*(layout.parameters[n] for n in layout.trainable), *module.parameters(), *module.buffers()]
         self._device = self.world.device = held[0].device if held else torch.device("cpu")
         self._replicas = Replicas(layout, self.local_workers)
-        self._outer = Outer(layout, self._replicas.own, outer_factory)
+        self._outer = Outer(layout, self._replicas.module_state, outer_factory)
         if not is_plain_run(num_workers, algorithm, self._outer.optimizer):
             refuse_untrainable(module)
         self._live_module = LiveModule(self._replicas, self._outer)
@@ -131,12 +131,8 @@ class Engine:
             seed,
             in_turn=lambda: self.current_worker is not None,
         )
-        self._stepped = False  # whether an optimizer stepped since the last local step was counted
-        self._stepped_workers: set[int] = set()  # the workers in whose turns that was
-        self._counted = False  # whether the present batch has been counted as a local step already
-        self._moved_late = False  # whether an optimizer stepped after its batch was counted
-        self._torn_outer_step = False  # whether an error interrupted the outer step
-        self._guard = StepGuard()
+        self.progress = BatchProgress()
+        self._guard, self._attributes = StepGuard(), AttributeGuard()
         after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
         self._hooks = [register_optimizer_step_post_hook(lambda o, *_: (after_step() or _nothing)(o))]
         self._watch_groups()
@@ -161,46 +157,17 @@ class Engine:
                 f"A checkpoint can't be saved inside worker {self.current_worker}'s turn, in which the workers are"
                 " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
             )
-        self._warn_of_torn_step()
         if not self.views.open and not self.finished:
             self._inner.adopt_outside_changes()
         random = self.views.outside_random or process_state()
         state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
-        state["torn"] = {"workers": self.torn_step, "outer_step": self._torn_outer_step}
+        state["torn"] = self.progress.state_dict(self.local_steps, self.local_workers)
         return state
 
     @property
     def finished(self) -> bool:
         """Whether training is over."""
         return self.views.closed
-
-    @property
-    def stepped(self) -> bool:
-        """Whether an optimizer stepped since the last local step was counted."""
-        return self._stepped
-
-    @property
-    def torn_step(self) -> list[int]:
-        """The workers that have taken a local step which an error kept from being counted."""
-        return sorted(self._stepped_workers)
-
-    def _warn_of_torn_step(self) -> None:
-        step, done = self.local_steps + 1, self.torn_step
-        left = [w for w in self.local_workers if w not in done]
-        if self._torn_outer_step:
-            message = (
-                f"The outer step after {step} local steps was interrupted, so θ in the checkpoint may be half moved. No"
-                " run can resume from this file; take the last one before it."
-            )
-        elif done:
-            message = (
-                f"Local step {step} was interrupted: the checkpoint holds worker {', '.join(map(str, done))} after that"
-                f" step and worker {', '.join(map(str, left)) or 'none'} before it. A run that resumes from the file"
-                " finishes the step first."
-            )
-        else:
-            return
-        warnings.warn(message, stacklevel=3)
 
     def _with_pending(self, state: ModelState) -> ModelState:
         """``state`` with what was written into the module since the last turn."""
@@ -226,8 +193,7 @@ class Engine:
             )
         self._live_module.set_plain(False)
         checkpoint.apply(state, self.context, self.algorithm)
-        self._stepped_workers = set(state["torn"]["workers"])
-        self._stepped = bool(self._stepped_workers)
+        self.progress.load_state_dict(state["torn"])
         self._inner.activate_first()
         self._live_module.publish(self.algorithm.publish())
         self._set_plain()
@@ -262,17 +228,19 @@ class Engine:
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
         self._live_module.adopt_outside_changes()
         self._inner.adopt_outside_changes()
-        layout, state = self._replicas.layout, self._replicas.states[worker]
+        layout, state, belongings = self._replicas.layout, self._replicas.states[worker], self._inner.workers[worker]
+        several = len(self.local_workers) > 1
         layout.activate(state)
         layout.begin_turn()
-        mine = self._inner.workers[worker]
-        random = None if mine.stream is None else mine.stream.state
         self._guard.begin_turn(layout, state, self._outer.tensors)
-        completed = False
+        if several:
+            self._attributes.begin_turn(self._inner.live)
         try:
-            with mine.turn(layout.everything if self.num_workers > 1 else [], keep_gradients):
+            with (
+                self.progress.turn(worker, belongings, state),
+                belongings.turn(layout.everything if self.num_workers > 1 else [], keep_gradients),
+            ):
                 yield
-            completed = True
             if layout.replaced():
                 raise RuntimeError(
                     f"Parameters were added, removed or replaced inside worker {worker}'s step, where the other workers"
@@ -283,32 +251,33 @@ class Engine:
                 layout.collect(state)
             where = f"worker {worker}'s turn at local step {self.local_steps + 1}"
             self._guard.end_turn(layout, state, self._inner.live, where)
+            if several:
+                self._attributes.end_turn(self._inner.live)
         finally:
-            if not completed and random is not None and worker not in self._stepped_workers:
-                mine.stream.state = random  # type: ignore[union-attr]  # a resumed run does this turn again
             layout.end_turn()
             self._live_module.deactivate()
             self._inner.activate_first()
 
     def note_step(self, optimizer: Any) -> None:
-        """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step."""
-        self._guard.stepped(optimizer)
-        if self._counted:
-            self._moved_late = True
-            return
-        self._stepped = True
-        if self.current_worker is not None:
-            self._stepped_workers.add(self.current_worker)
+        """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step.
 
-    def forget_step(self) -> None:
-        """Forgets that optimizers stepped: the step has been counted, or trained nothing."""
-        self._stepped, self._stepped_workers = False, set()
+        Raises:
+            RuntimeError: between the turns of N > 1 workers.
+        """
+        if self.current_worker is None and self.num_workers > 1 and not self.finished:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} stepped between the workers' turns, where the module holds θ: no worker"
+                " would have taken the step. Step in `training_step`, or in a hook of the module around a batch"
+                " (`on_train_batch_end`); hooks of callbacks, and hooks around epochs, run once for all workers."
+            )
+        self._guard.stepped(optimizer)
+        self.progress.note_step()
 
     def _after_optimizer_step(self, optimizer: Any) -> None:
         """Any optimizer of this process has stepped."""
         if self._inner.knows(optimizer):
             self.note_step(optimizer)
-        elif self.current_worker is not None and not self.is_plain_run:
+        elif self.current_worker is not None and self.num_workers > 1:
             self._guard.foreign_step(optimizer, self._replicas.layout, (self.current_worker, self.local_steps))
 
     def use_optimizers(self, optimizers: Sequence[Any], schedulers: Sequence[Any] = ()) -> None:
@@ -340,15 +309,6 @@ class Engine:
         if self.policies.inner_state != "keep":
             self._hooks += self._inner.watch_groups()
 
-    @contextmanager
-    def counted_batch(self, counted: bool) -> Iterator[None]:
-        """Inside, the batch is over; if it was counted as a local step, further steps of optimizers belong to that."""
-        self._counted = counted
-        try:
-            yield
-        finally:
-            self._counted = False
-
     def before_inner_steps(self) -> None:
         """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
         with torch.no_grad():
@@ -358,18 +318,19 @@ class Engine:
         """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
         waiting = {p for worker in self._inner.workers.values() for p in worker.gradients}
         self._guard.end_batch(self._replicas.layout, waiting)
-        if not self._stepped:
+        if not self.progress.stepped:
+            self.progress.forget()
             return []
         self.context.local_steps += 1
-        self._torn_outer_step = True
+        self._live_module.note_steps()
         try:
             reports = self._exchanged(self._synchronise())
         except BaseException:
-            self._torn_outer_step = self.context.in_round  # else nothing was written yet
+            self.progress.in_outer_step = self.context.in_round  # else nothing was written yet
             self.context.local_steps -= 1
             raise
-        self._torn_outer_step = self._moved_late = False
-        self.forget_step()
+        self.progress.moved_late = False
+        self.progress.forget()
         return reports
 
     def _synchronise(self) -> Sequence[OuterStepReport]:
@@ -386,7 +347,7 @@ class Engine:
 
     def end_epoch(self) -> None:
         """After an epoch's last batch."""
-        self._guard.end_batch(self._replicas.layout)
+        self._guard.end_epoch(self._replicas.layout)
         self._live_module.search()
 
     def broadcast_buffers_in_team(self) -> None:
@@ -403,7 +364,7 @@ class Engine:
         """
         self._live_module.search()
         self._live_module.adopt_outside_changes()
-        complete = self.local_steps == self.context.round_start and not self._moved_late
+        complete = self.local_steps == self.context.round_start and not self.progress.moved_late
         if complete or self.context.at_rest():
             self.context.shared.synchronise_buffers()
             self._live_module.publish(self.algorithm.publish())
@@ -448,6 +409,7 @@ class Engine:
         self._inner.adopt_outside_changes()
         self._inner.activate_first()
         self.views.closed = True
+        self._guard.close()
         for hook in self._hooks:
             hook.remove()
         for worker in self._inner.workers.values():
@@ -489,7 +451,8 @@ class Engine:
         """Bytes held, by purpose. ``gradients_per_worker`` is 0 unless gradients are kept between a worker's turns."""
         parameters, buffers = self._replicas.states[self.local_workers[0]].nbytes()
         inner, gradients = self._inner.first.nbytes()
-        workers, own, outer_state = len(self.local_workers), sum(self._replicas.own.nbytes()), self._outer.state_bytes()
+        workers, outer_state = len(self.local_workers), self._outer.state_bytes()
+        module = sum(self._replicas.module_state.nbytes())
         return {
             "workers": workers,
             "parameters_per_worker": parameters,
@@ -498,8 +461,8 @@ class Engine:
             "gradients_per_worker": gradients,
             "outer_model": parameters + buffers,
             "outer_state": outer_state,
-            "module": own,
-            "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + own,
+            "module": module,
+            "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + module,
         }
 
 

@@ -4,7 +4,6 @@ Owns the windows in which the live module shows such a copy, and what becomes of
 module between turns (``state/live_module.py``). Imports nothing of Lightning.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.comm.tensors import copied
 from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.policies import EvalWeights
 from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
@@ -87,18 +87,19 @@ class Views:
         world = self._context.channel.world
         stream = RandomStream(derive_seed(self._seed, "evaluation", self._context.local_steps), world.device)
         self.outside_random = process_state()
+        self._live.search()  # a callback may have swapped weights in, and may put the old ones back inside
         try:
             with stream.active() if self._context.num_workers > 1 else nullcontext(), self.weights(self._which):
                 state = self._context.replicas.layout.read()
-                self._live.evaluated(state)
-                shown = state.buffers
-                before = copy_buffers(shown)
+                self._live.begin_evaluation(state)
+                before = copy_buffers(state.buffers)
                 with self._context.inner.sandbox(self._context.channel):
                     yield
-                after = [dict(own) for own in shown]
+                state = self._context.replicas.layout.read()  # a hook may have pointed parameters elsewhere
+                after = ModelState(state.tensors, [dict(buffers) for buffers in state.buffers])
         finally:
             self.outside_random = None
-        self._live.write_buffers(before, after)
+        self._live.end_evaluation(after, before)
 
     def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
@@ -110,7 +111,7 @@ class Views:
         live = which is None and (self.open or self.closed or self._shows_eval_weights)
         with nullcontext() if live else self.weights(self._which if which is None else which):
             state = self._context.replicas.layout.module.state_dict()
-            return {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+            return {k: copied(v) for k, v in state.items()}
 
     @property
     def _shows_eval_weights(self) -> bool:

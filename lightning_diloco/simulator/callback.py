@@ -1,4 +1,4 @@
-"""The callback that DilocoSimulator attaches: when the user's hooks, evaluations and checkpoint files come.
+"""The callback that DilocoSimulator attaches: it calls the user's hooks, evaluates θ and writes checkpoint files.
 
 Does not own the loss on a batch (``module.py``) nor the metrics (``metrics.py``).
 """
@@ -25,13 +25,14 @@ class SimulatorCallback(L.Callback):
     """Calls the hooks, evaluates θ and writes the files; the simulator attaches it after the user's callbacks.
 
     Args:
-        train_hook: as the simulator's ``train_loss_hook``.
-        eval_hook: as its ``eval_loss_hook``.
-        batches: what θ is evaluated on, in this order; None: never.
-        eval_iters: at most so many of them.
-        ckpt_interval: outer steps between files; None: only the final one.
-        save_dir: where files go; None: nowhere.
-        cosine_anneal: whether the run has a schedule; a file of the other kind can't be resumed.
+        train_hook: the simulator's ``train_loss_hook``.
+        eval_hook: the simulator's ``eval_loss_hook``.
+        batches: batches of an evaluation of θ, in this order; None: no evaluation.
+        eval_iters: batches per evaluation, at most all.
+        ckpt_interval: outer steps between files; None: only ``final.ckpt``.
+        save_dir: folder of the files; None: no files.
+        cosine_anneal: whether the run has a schedule; a file of a run without a schedule can't be resumed with a
+            schedule, nor the other way round.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class SimulatorCallback(L.Callback):
         self._train_hook, self._eval_hook = train_hook, eval_hook
         self._eval_batches, self._eval_iters = batches, eval_iters
         self._ckpt_interval, self._save_dir = ckpt_interval, save_dir
-        self._strategy: DilocoStrategy | None = None  # of the present fit
-        self._outer_steps = 0  # at the last look
-        self._outer_steps_before = 0  # done before a resumption that the strategy knows nothing of
+        self._strategy: DilocoStrategy | None = None  # strategy of the present fit
+        self._outer_steps = 0  # as of the last batch
+        self._outer_steps_before = 0  # outer steps before a resumption that the strategy doesn't count (plain run)
         self._local_steps = self._epoch = 0  # as of the last local step
-        self._loss: MeanMetric | None = None  # since the last local step
+        self._loss: MeanMetric | None = None  # mean loss since the last local step
         self._step_of_last_end: int | None = None  # where the last pass over the data ended
 
     @override
@@ -63,18 +64,18 @@ class SimulatorCallback(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._outer_steps, had = state_dict["outer_steps"], state_dict["cosine_anneal"]
-        if had != self._cosine_anneal:
+        self._outer_steps, saved = state_dict["outer_steps"], state_dict["cosine_anneal"]
+        if saved != self._cosine_anneal:
             raise MisconfigurationException(
-                f"The checkpoint was written by a run with `cosine_anneal` (={had}) and can't go on with"
-                f" `cosine_anneal` (={self._cosine_anneal}): its learning rate is where that run had it. Resume with"
-                " the same."
+                f"The checkpoint was written by a run with `cosine_anneal` (={saved}) and can't be resumed with"
+                f" `cosine_anneal` (={self._cosine_anneal}), since the learning rate in the file follows that setting."
+                f" Resume with `cosine_anneal={saved}`."
             )
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._strategy = _strategy_of(trainer)
-        done = self._strategy.outer_steps  # one worker that is averaged plainly resumes at 0
+        done = self._strategy.outer_steps  # 0 after a resumed plain run
         self._outer_steps_before = max(0, self._outer_steps - done)
         self._outer_steps = done + self._outer_steps_before
         self._local_steps = trainer.global_step
@@ -83,14 +84,16 @@ class SimulatorCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._train_hook is not None:  # Lightning divides the loss; a process whose workers pause has none
+        if self._train_hook is not None:
+            # Lightning has divided the loss by accumulate_grad_batches. A process without a loss in this batch (its
+            # workers pause) must update the metric all the same, since compute() is a collective over all processes.
             known = bool(outputs) and "loss" in outputs
             zero = torch.zeros((), device=_strategy_of(trainer).root_device)
             loss = outputs["loss"] * trainer.accumulate_grad_batches if known else zero
             self._loss = self._loss or mean_metric(loss)
             self._loss.update(loss, int(known))
         if trainer.global_step == self._local_steps:
-            return  # accumulating gradients
+            return  # gradients are accumulating: no local step yet
         self._local_steps, self._epoch = trainer.global_step, trainer.current_epoch
         if self._train_hook is not None and self._loss is not None:
             stats = TrainStats(float(self._loss.compute()), *self._where(trainer))  # over all processes
@@ -102,8 +105,9 @@ class SimulatorCallback(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == self._step_of_last_end:
             raise RuntimeError(
-                f"A pass over `train_dataset` brought no step beyond {trainer.global_step}, and so would the next. Look"
-                " for a StopIteration that the dataset raises, or a hook of the module that skips batches with -1."
+                f"A pass over `train_dataset` ended without a local step (local steps: {trainer.global_step}), and so"
+                " would the next pass. Look for a StopIteration that the dataset raises, or a hook of the module that"
+                " skips batches by returning -1."
             )
         self._step_of_last_end = trainer.global_step
 
@@ -140,7 +144,7 @@ class SimulatorCallback(L.Callback):
     def _evaluate(
         self, trainer: L.Trainer, module: L.LightningModule, batches: DataLoader[Any]
     ) -> tuple[float, float | None, float]:
-        """Loss, accuracy and perplexity of θ; weights, modes of submodules and random generators stay as they are."""
+        """Loss, accuracy and perplexity of θ; does not change weights, modes of submodules or random generators."""
         strategy, precision = _strategy_of(trainer), trainer.precision_plugin
         assert isinstance(module, SimulatorModule)
         assert batches.batch_size is not None
@@ -163,7 +167,7 @@ class SimulatorCallback(L.Callback):
 
 
 def _call(trainer: L.Trainer, name: str, hook: Callable[[Any], None], stats: TrainStats) -> None:
-    """Calls a hook on the first process; all stop if it sets ``trainer.should_stop``."""
+    """Calls a hook on process 0; all processes stop if the hook sets ``trainer.should_stop``."""
     if trainer.is_global_zero:
         guarded(f"`{name}`", hook, stats)
     trainer.should_stop = trainer.strategy.reduce_boolean_decision(trainer.should_stop, all=False)

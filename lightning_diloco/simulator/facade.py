@@ -1,7 +1,7 @@
 """DilocoSimulator: DiLoCo for people with an ``nn.Module`` and a dataset.
 
-Owns its arguments: their checks, and their translation into a Trainer, a DilocoStrategy and what ``simulation.py`` adds
-to them. Has no training logic of its own.
+Owns the simulator's arguments: their checks, and their translation into a Trainer, a DilocoStrategy, a module
+(``module.py``) and a callback (``callback.py``). Has no training logic.
 """
 
 import copy
@@ -25,8 +25,8 @@ from lightning_diloco.simulator.metrics import EvalStats, TrainStats
 from lightning_diloco.simulator.module import SimulatorModule
 from lightning_diloco.strategy import DilocoStrategy
 
-_OWN_STRATEGY_ARGUMENTS = ("num_nodes", "diloco_interval", "outer_optimizer_cls", "outer_optimizer_kwargs")
-_OWN_TRAINER_ARGUMENTS = {
+_STRATEGY_ARGUMENTS = ("num_nodes", "diloco_interval", "outer_optimizer_cls", "outer_optimizer_kwargs")
+_TRAINER_ARGUMENTS = {
     "strategy": "`strategy_kwargs`",
     "max_steps": "`max_local_step`",
     "max_epochs": "`num_epochs`",
@@ -43,8 +43,8 @@ class DilocoSimulator:
     """Trains an ``nn.Module`` with DiLoCo on N simulated workers.
 
     A facade: :meth:`train` builds a LightningModule, a ``Trainer(devices=1, logger=False)`` and a
-    :class:`~lightning_diloco.DilocoStrategy` and calls ``trainer.fit``; see ``trainer_kwargs``. Each call starts
-    afresh, with a new model; modules in ``model_kwargs``, and a ``loss_fn`` that is one, are copied. The run takes
+    :class:`~lightning_diloco.DilocoStrategy` and calls ``trainer.fit``; see ``trainer_kwargs``. Each call trains a
+    new model; modules in ``model_kwargs``, and a ``loss_fn`` that is a module, are copied. The run takes
     exactly ``total`` = min(max_local_step, num_epochs · len(train_dataset) // (batch_size · num_nodes)) local steps; a
     worker's short last batch of an epoch is kept. Data is loaded in the process itself.
 
@@ -55,7 +55,7 @@ class DilocoSimulator:
         diloco_interval: local steps H ≥ 1 between synchronisations.
         batch_size: samples per worker and step, and per batch of an evaluation. (With more processes than workers: per
             process and step, as everywhere.)
-        loss_fn: called as ``loss_fn(model(x), y)``; the mean over the batch, one number.
+        loss_fn: called as ``loss_fn(model(x), y)``; returns a single number, the mean over the batch.
         train_dataset: pairs ``(x, y)``, with a length. For other items see
             :class:`lightning_diloco.simulator.SimulatorModule`.
         eval_dataset: the outer model is evaluated on it after every outer step; results go to ``eval_loss_hook``, to
@@ -65,22 +65,23 @@ class DilocoSimulator:
         optimizer_kwargs: arguments for ``optimizer_cls``; default none.
         outer_optimizer_cls: outer optimizer.
         outer_optimizer_kwargs: arguments for ``outer_optimizer_cls``. None: for exactly ``torch.optim.SGD`` lr 0.7,
-            momentum 0.9, nesterov; for other classes their own defaults.
+            momentum 0.9, nesterov; for other classes the class's defaults.
         num_epochs: passes over ``train_dataset``.
         max_local_step: cap on the local steps.
         cosine_anneal: take the inner learning rate to 0 along a cosine over the ``total`` local steps.
         eval_iters: batches per evaluation, the first ones of ``eval_dataset``, at most all.
         ckpt_interval: outer steps between checkpoint files, ``step=000500.ckpt`` after local step 500.
-        save_dir: folder of checkpoint files; at the end ``final.ckpt``. Files of the same name are replaced. None: no
+        save_dir: folder of checkpoint files, the last ``final.ckpt``. Files of the same name are replaced. None: no
             file is written.
         train_loss_hook: called with a :class:`~lightning_diloco.TrainStats` after each local step.
-        eval_loss_hook: called with an :class:`~lightning_diloco.EvalStats` after each evaluation; at the same step
-            ``train_loss_hook`` comes first, the checkpoint last. With several processes hooks run on the first. What a
-            hook raises stops the run; ``simulator.trainer.should_stop = True`` ends it early and in good order.
-        strategy_kwargs: further arguments of DilocoStrategy. ``eval_weights`` is "outer" here if not given, so that
-            files hold what was evaluated.
-        trainer_kwargs: further arguments of Lightning's Trainer, for example ``callbacks`` (these are your own objects,
-            which keep what they remember from one run to the next) or ``precision``.
+        eval_loss_hook: called with an :class:`~lightning_diloco.EvalStats` after each evaluation. At the same step
+            ``train_loss_hook`` is called first, and the checkpoint is written last. Hooks run on process 0 only. An
+            exception of a hook stops the run; ``simulator.trainer.should_stop = True`` ends the run early, with the
+            last outer step and file.
+        strategy_kwargs: further arguments of DilocoStrategy. ``eval_weights`` defaults to "outer" here, so that files
+            contain the evaluated weights.
+        trainer_kwargs: further arguments of Lightning's Trainer, for example ``callbacks`` (the same objects in every
+            run, so they keep their state from run to run) or ``precision``.
         seed: given to ``lightning.seed_everything`` before the model is built, so that runs repeat bit for bit. None:
             generators are used as they are found.
 
@@ -88,7 +89,7 @@ class DilocoSimulator:
         total: local steps of a run.
 
     Raises:
-        ValueError: an argument is out of its range, unknown or given twice, or the run would have no step.
+        ValueError: an argument is out of range, unknown or given twice, or the run would have no step.
     """
 
     module_cls: ClassVar[type[SimulatorModule]] = SimulatorModule
@@ -141,24 +142,24 @@ class DilocoSimulator:
             raise ValueError("`eval_loss_hook` was given without `eval_dataset` and would never be called. Give both.")
         if ckpt_interval is not None and save_dir is None:
             raise ValueError(
-                f"`ckpt_interval` (={ckpt_interval}) was given without `save_dir`. Say where the files go."
+                f"`ckpt_interval` (={ckpt_interval}) was given without `save_dir`. Give the folder of the files."
             )
         given_seed, seed = seed, as_integer(seed)
         if given_seed is not None and (seed is None or not 0 <= seed < 2**32):
             raise ValueError(f"`seed` (={given_seed!r}) must be an integer from 0 to 2**32 - 1, or None.")
         self._model_kwargs = _checked_kwargs("model_kwargs", model_kwargs, model_cls)
         self._optimizer_kwargs = _checked_kwargs("optimizer_kwargs", optimizer_kwargs, optimizer_cls, [])
-        own = dict.fromkeys(_OWN_STRATEGY_ARGUMENTS, "the simulator's argument of the same name")
+        reserved = dict.fromkeys(_STRATEGY_ARGUMENTS, "the simulator's argument of the same name")
         self._strategy_kwargs = {
             "num_nodes": num_nodes,
             "diloco_interval": diloco_interval,
             "outer_optimizer_cls": outer_optimizer_cls,
             "outer_optimizer_kwargs": outer_optimizer_kwargs,
             "eval_weights": "outer",
-            **_checked_kwargs("strategy_kwargs", strategy_kwargs, DilocoStrategy, own=own),
+            **_checked_kwargs("strategy_kwargs", strategy_kwargs, DilocoStrategy, reserved=reserved),
         }
-        self._trainer_kwargs = _checked_kwargs("trainer_kwargs", trainer_kwargs, L.Trainer, own=_OWN_TRAINER_ARGUMENTS)
-        DilocoStrategy(**self._strategy_kwargs)  # checks its arguments; every run has a strategy of its own
+        self._trainer_kwargs = _checked_kwargs("trainer_kwargs", trainer_kwargs, L.Trainer, reserved=_TRAINER_ARGUMENTS)
+        DilocoStrategy(**self._strategy_kwargs)  # checks the arguments; every run makes a new strategy
         samples = _checked_length("train_dataset", train_dataset)
         self.total = num_epochs * samples // (batch_size * num_nodes)
         if max_local_step is not None:
@@ -166,11 +167,11 @@ class DilocoSimulator:
         if self.total == 0:
             raise ValueError(
                 f"The run would have no step: `num_epochs` (={num_epochs}) times {samples} samples are fewer than"
-                f" `batch_size` (={batch_size}) times `num_nodes` (={num_nodes}). Lower one of these two, or raise"
-                " `num_epochs`."
+                f" `batch_size` (={batch_size}) times `num_nodes` (={num_nodes}). Lower `batch_size` or `num_nodes`, or"
+                " raise `num_epochs`."
             )
         if eval_dataset is not None and _checked_length("eval_dataset", eval_dataset) == 0:
-            raise ValueError("`eval_dataset` is empty. Leave it out, or give it samples.")
+            raise ValueError("`eval_dataset` is empty. Leave the argument out, or give a dataset with samples.")
         self._model_cls, self._optimizer_cls, self._loss_fn = model_cls, optimizer_cls, loss_fn
         self._train_dataset, self._eval_dataset = train_dataset, eval_dataset
         self._batch_size, self._cosine_anneal = batch_size, cosine_anneal
@@ -184,16 +185,16 @@ class DilocoSimulator:
         """Trains a new model, or continues from a checkpoint file.
 
         Args:
-            ckpt_path: a file written by an earlier run of the same model. With N ≥ 2 workers the rest of the run is bit
-                for bit that of the uninterrupted one, the outer step on a partial round included. From ``final.ckpt`` a
-                longer run (``num_epochs``) goes on with a new pass, and one of the same length has nothing left to do.
+            ckpt_path: a file written by an earlier run of the same model. With N ≥ 2 workers a resumed run equals the
+                uninterrupted run bit for bit, including the outer step on a partial round. A longer run (larger
+                ``num_epochs``) resumes ``final.ckpt`` with a new pass; a run of the same length has nothing left to do.
         """
         with _seeded(self._seed):
             self._fit(None if ckpt_path is None else os.fspath(ckpt_path))
 
     def _fit(self, ckpt_path: str | None) -> None:
         originals = {**self._model_kwargs, "": self._loss_fn}
-        shared: dict[int, Any] = {}  # modules are copied, else the next run would start where this one ends
+        shared: dict[int, Any] = {}  # modules are copied: else the next run would start from this run's weights
         copies = {k: copy.deepcopy(v, shared) if isinstance(v, nn.Module) else v for k, v in originals.items()}
         loss_fn = copies.pop("")
         model = self._model_cls(**copies)
@@ -210,7 +211,7 @@ class DilocoSimulator:
         trainer = L.Trainer(
             strategy=strategy,
             max_steps=self.total,
-            max_epochs=-1,  # `total` decides, also where a pass is shorter than usual
+            max_epochs=-1,  # `total` ends the run, even if a pass is shorter than usual
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
             **options,
         )
@@ -222,7 +223,7 @@ class DilocoSimulator:
 
     @property
     def model(self) -> nn.Module:
-        """The model of the present or last run; after it, with the weights of θ."""
+        """The model of the present or last run; after the run, with the weights of θ."""
         return self._present_run[0].model
 
     @property
@@ -257,7 +258,7 @@ class DilocoSimulator:
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Inside, torch, NumPy, Python and Lightning use ``seed``; afterwards Lightning has forgotten it."""
+    """Seeds torch, NumPy, Python and Lightning; after the block Lightning's environment variables are restored."""
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     before = {name: os.environ.get(name) for name in names}
     if seed is not None:
@@ -295,15 +296,17 @@ def _checked_length(name: str, dataset: Any) -> int:
 
 
 def _checked_kwargs(
-    name: str, kwargs: Any, cls: Callable[..., Any], *args: Any, own: Mapping[str, str] | None = None
+    name: str, kwargs: Any, cls: Callable[..., Any], *args: Any, reserved: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """``kwargs`` as a new dict, if ``cls(*args, **kwargs)`` has such arguments and none is decided elsewhere."""
+    """``kwargs`` as a new dict, if ``cls(*args, **kwargs)`` has such arguments and none of them is reserved."""
     if not isinstance(kwargs, (Mapping, type(None))):
         raise ValueError(f"`{name}` (={kwargs!r}) must be a dict or None.")
     given = dict(kwargs or {})
     for key in given:
-        if own and key in own:
-            raise ValueError(f"`{name}` has {key!r} (={given[key]!r}), which is decided by {own[key]}. Leave it out.")
+        if reserved and key in reserved:
+            raise ValueError(
+                f"`{name}` has {key!r} (={given[key]!r}), which is decided by {reserved[key]}. Leave {key!r} out."
+            )
     try:
         inspect.signature(cls).bind(*args, **given)
     except TypeError as error:

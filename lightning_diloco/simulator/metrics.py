@@ -1,7 +1,7 @@
-"""What an evaluation says about a model: loss, accuracy, perplexity; and the statistics that the simulator's hooks get.
+"""Metrics of an evaluation: loss, accuracy, perplexity; and the statistics that the simulator's hooks receive.
 
-Owns the metrics (torchmetrics) and their definitions. Does not own when a model is evaluated nor on which weights
-(``simulation.py``). Imports nothing of Lightning.
+Owns the metrics (torchmetrics) and their definitions. Does not decide when a model is evaluated nor on which weights
+(``callback.py``). Imports nothing of Lightning.
 """
 
 import math
@@ -15,14 +15,14 @@ from torchmetrics import MeanMetric
 
 @dataclass(frozen=True)
 class TrainStats:
-    """One local step of all workers.
+    """Statistics of a local step of all workers.
 
     Attributes:
         loss: mean over the workers of their batches' losses.
         local_step: local steps done by each worker, from 1 to ``simulator.total``.
         global_step: ``local_step`` times the number of workers.
         epoch: passes over the training data that were complete when the step began, from 0.
-        num_diloco_steps: outer steps done, one at this step included.
+        num_diloco_steps: outer steps done, including an outer step at this local step.
     """
 
     loss: float
@@ -34,11 +34,11 @@ class TrainStats:
 
 @dataclass(frozen=True)
 class EvalStats(TrainStats):
-    """One evaluation of the outer model θ; ``loss`` is the mean over the evaluated samples.
+    """Statistics of an evaluation of the outer model θ; ``loss`` is the mean over the evaluated samples.
 
     Attributes:
-        accuracy: share of targets hit by the largest output along dimension 1, from 0 to 1; None where the targets are
-            not class indices. See :class:`Evaluation`.
+        accuracy: fraction of targets that equal the argmax of the output over dimension 1, from 0 to 1; None where the
+            targets are not class indices. See :class:`Evaluation`.
         perplexity: e to the power of ``loss``; ``inf`` where that overflows.
     """
 
@@ -47,20 +47,18 @@ class EvalStats(TrainStats):
 
 
 def mean_metric(like: Tensor) -> MeanMetric:
-    """An empty mean for values like ``like``: on its device, in float64 (MPS has none), NaN passed on, not left out.
-
-    (NaN is also what replaces NaN, since torchmetrics' strategy "disable" ignores weights.)
-    """
+    """A MeanMetric on the device of ``like``, in float64 (float32 on MPS), which is NaN if a value is NaN."""
+    # torchmetrics' nan_strategy "disable" ignores weights; a number replaces NaN, and NaN is a number here
     metric = MeanMetric(nan_strategy=math.nan).to(like.device)
     metric.set_dtype(torch.float32 if like.device.type == "mps" else torch.float64)
     return metric
 
 
 class Evaluation:
-    """Means over the batches of one evaluation.
+    """Means over the batches of an evaluation.
 
     The accuracy is defined where targets are integers of the output's shape without dimension 1: outputs ``(B, C)`` and
-    targets ``(B,)``, or ``(B, C, T)`` and ``(B, T)``. Targets below 0, like ``cross_entropy``'s ``ignore_index``, are
+    targets ``(B,)``, or ``(B, C, T)`` and ``(B, T)``. Negative targets, like ``cross_entropy``'s ``ignore_index``, are
     no class indices and are left out.
     """
 
@@ -70,11 +68,11 @@ class Evaluation:
         self._classifies = True
 
     def update(self, loss: Tensor, output: Any, target: Any, samples: int) -> None:
-        """Takes one batch.
+        """Adds a batch.
 
         Args:
-            loss: its mean loss, one number.
-            output: what the model returned, ``(B, C, ...)`` for a classifier.
+            loss: mean loss of the batch, a single number.
+            output: the model's output, ``(B, C, ...)`` for a classifier.
             target: ``(B, ...)`` for a classifier.
             samples: B, the weight of this loss in the mean.
         """
@@ -89,7 +87,7 @@ class Evaluation:
         self._hits.update((output.argmax(1) == target)[known].to(torch.float32))
 
     def results(self) -> tuple[float, float | None, float]:
-        """Loss, accuracy and perplexity of what was taken; at least one batch."""
+        """Loss, accuracy and perplexity of the added batches, of which there must be some."""
         assert self._loss is not None, "results() before update()"
         loss = float(_local(self._loss))
         accuracy = None
@@ -115,7 +113,7 @@ def is_class_index(output: Any, target: Any) -> bool:
 
 
 def _local(metric: MeanMetric) -> Tensor:
-    """This process's value: every process evaluates the same model on the same batches."""
+    """The value of this process alone: every process evaluates the same model on the same batches."""
     metric.sync_on_compute = False
     value: Tensor = metric.compute()
     return value

@@ -1,7 +1,7 @@
-"""What DilocoSimulator puts into a Trainer: a LightningModule around the user's model, and a callback.
+"""The LightningModule that DilocoSimulator builds around the user's model.
 
 Owns the loss on a batch and the inner optimizer. Does not own the arguments (``facade.py``), the metrics
-(``metrics.py``), when hooks come (``callback.py``) nor anything about workers.
+(``metrics.py``), the calls of hooks (``callback.py``) nor anything about workers.
 """
 
 import math
@@ -20,8 +20,8 @@ from typing_extensions import override
 class SimulatorModule(L.LightningModule):
     """The LightningModule that the simulator trains: ``loss_fn(model(x), y)`` on batches ``(x, y)``.
 
-    For other batches, override :meth:`split` (and :meth:`forward` if the model doesn't take one argument), and name
-    your class in the simulator::
+    For other batches, override :meth:`split` (and :meth:`forward` if the model takes several arguments), and name your
+    class in the simulator::
 
         class Captions(SimulatorModule):
             def split(self, batch):
@@ -34,10 +34,10 @@ class SimulatorModule(L.LightningModule):
 
     Args:
         model: any module.
-        loss_fn: ``(output, y) → one number``.
+        loss_fn: ``(output, y) →`` a tensor with a single number.
         optimizer_cls: a torch optimizer class.
-        optimizer_kwargs: its arguments.
-        cosine_steps: local steps over which a cosine takes the learning rate to 0; None: it is constant.
+        optimizer_kwargs: arguments for ``optimizer_cls``; default none.
+        cosine_steps: local steps over which a cosine takes the learning rate to 0; None: a constant learning rate.
     """
 
     def __init__(
@@ -62,22 +62,22 @@ class SimulatorModule(L.LightningModule):
         """``batch`` as ``(x, y)``.
 
         Raises:
-            MisconfigurationException: it isn't a pair.
+            MisconfigurationException: ``batch`` isn't a pair.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             size = f" of {len(batch)} items" if isinstance(batch, (tuple, list, dict)) else ""
             raise MisconfigurationException(
-                f"The dataset's batches are a {type(batch).__name__}{size}, but must be pairs `(x, y)`. For others,"
-                " override `split(self, batch)` in a subclass of lightning_diloco.simulator.SimulatorModule so that it"
-                " returns `(x, y)`, and set `module_cls` to it in a subclass of DilocoSimulator."
+                f"The dataset's batches are a {type(batch).__name__}{size}, but must be pairs `(x, y)`. For other"
+                " batches, override `split(self, batch)` in a subclass of lightning_diloco.simulator.SimulatorModule so"
+                " that it returns `(x, y)`, and set `module_cls` to that subclass in a subclass of DilocoSimulator."
             )
         return batch[0], batch[1]
 
     def evaluate(self, batch: Any) -> tuple[Tensor, Any, Any]:
-        """Loss (one number), output and target of a batch.
+        """Loss (a single number), output and target of a batch.
 
         Raises:
-            MisconfigurationException: ``loss_fn`` doesn't return one number.
+            MisconfigurationException: ``loss_fn`` doesn't return a single number.
         """
         x, y = self.split(batch)
         output = self(x)
@@ -85,7 +85,7 @@ class SimulatorModule(L.LightningModule):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise MisconfigurationException(
-                f"`loss_fn` returned {found}, but must return a tensor with one number: the mean over the batch."
+                f"`loss_fn` returned {found}, but must return a tensor with a single number: the mean over the batch."
             )
         return loss, output, y
 
@@ -101,13 +101,13 @@ class SimulatorModule(L.LightningModule):
         total = self._cosine_steps
         if total is None:
             return optimizer
-        # in closed form, so that a run resumed with another `total` ends at 0 too
+        # in closed form: CosineAnnealingLR's recursion would not reach 0 in a run resumed with another `total`
         schedule = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def guarded(source: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """Calls; a StopIteration, which would tell Lightning's loop that the data has ended, becomes an error."""
+    """``function(argument)``; a StopIteration, for Lightning's loop the end of the data, becomes an error."""
     try:
         return function(argument)
     except StopIteration as error:

@@ -1,6 +1,6 @@
-"""What can't have a replica per worker, said before training starts.
+"""Checks before training starts: modules and optimizers that can't have a replica per worker.
 
-Owns the checks and their messages; changes nothing. Imports nothing of Lightning.
+Changes nothing. Imports nothing of Lightning.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lightning_diloco.state.worker import flatten_optimizers
 
 
 def refuse_unswappable(module: nn.Module) -> None:
-    """Parameters without a shape, and TorchScript."""
+    """Refuses parameters without a shape, and TorchScript."""
     for name, p in module.named_parameters():
         if isinstance(p, UninitializedParameter):
             raise ValueError(
@@ -33,7 +33,7 @@ def refuse_unswappable(module: nn.Module) -> None:
 
 
 def refuse_untrainable(module: nn.Module) -> None:
-    """Nothing to train."""
+    """Refuses a module without a trainable parameter."""
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no parameter with `requires_grad`, so there is nothing to synchronise."
@@ -42,7 +42,7 @@ def refuse_untrainable(module: nn.Module) -> None:
 
 
 def refuse_foreign_tensors(module: nn.Module, optimizers: Sequence[Any]) -> None:
-    """A tensor that an optimizer trains, but that is no parameter, would be shared by all workers and step N times."""
+    """Refuses optimizers of tensors that are no parameters: all workers would share them, and step them N times."""
     known = {id(p) for p in module.parameters()}
     for optimizer in flatten_optimizers(optimizers):
         for group in optimizer.param_groups:
@@ -50,13 +50,13 @@ def refuse_foreign_tensors(module: nn.Module, optimizers: Sequence[Any]) -> None
                 if p.requires_grad and id(p) not in known:
                     raise ValueError(
                         f"{type(optimizer).__name__} trains a tensor of shape {tuple(p.shape)} that is no parameter of"
-                        f" {type(module).__name__}, so workers can't have their own. Register it: `self.name ="
-                        " nn.Parameter(...)`, or its module as a submodule."
+                        f" {type(module).__name__}, so workers can't have replicas of it. Register the tensor"
+                        " (`self.name = nn.Parameter(...)`), or its module as a submodule."
                     )
 
 
 def refuse_overlaps(layout: Layout) -> None:
-    """A parameter that shares memory with another tensor of the module would stop doing so in the replicas."""
+    """Refuses a parameter that shares memory with another tensor of the module: in replicas they would be separate."""
     spans = [(name, p.data) for name, p in layout.parameters.items()]
     spans += [
         (f"{module}.{name}".lstrip("."), b)
@@ -69,8 +69,8 @@ def refuse_overlaps(layout: Layout) -> None:
     for (_, end, name), (other_start, _, other) in pairwise(sorted(used)):
         if other_start < end and {name, other} & parameters:
             raise ValueError(
-                f"{name!r} and {other!r} of {type(layout.module).__name__} share memory, which replicas can't. To tie"
-                " parameters, assign the same nn.Parameter object to both."
+                f"{name!r} and {other!r} of {type(layout.module).__name__} share memory; their replicas would not."
+                " To tie parameters, assign the same nn.Parameter object to both names."
             )
 
 

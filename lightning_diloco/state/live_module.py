@@ -1,12 +1,13 @@
-"""The module between turns: what gathered but the workers sees of it, and what they write into it.
+"""The live module between turns, and outside changes: values that callbacks and the user write into it.
 
-Owns the module's own tensors. Between turns they hold θ, so that callbacks, loggers and checkpoints meet an ordinary
-module; what others write there is found by value and becomes θ's and every replica's when the next step begins. Until
-then it is pending: files and evaluations show it, and a callback that writes the old values back has changed nothing
-(averaged weights are swapped in and out that way). Does not own θ (``outer.py``) nor the replicas' storage
+Between turns the live module holds θ, so that callbacks, loggers and checkpoints see an ordinary module. An outside
+change is found by value, and adopted by θ and every replica when the next step begins. Until then the change is
+pending: files and evaluations contain it, and a callback that restores the previous values has changed nothing
+(callbacks swap averaged weights in and out that way). Does not own θ (``outer.py``) nor the replicas' storage
 (``replicas.py``). Imports nothing of Lightning.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -20,24 +21,24 @@ Buffers = list[dict[str, Tensor | None]]
 
 
 class LiveModule:
-    """The live module as others see it.
+    """The live module between turns.
 
     Args:
-        replicas: the workers' states, with the module's layout and own tensors.
+        replicas: the workers' replicas, with the module's layout and its state between turns.
         outer: θ.
 
     Attributes:
-        is_plain_run: the only worker works on the module's own tensors (N = 1, plain average): nothing is swapped,
-            nothing needs to be taken over, the run is the plain run.
+        is_plain_run: N = 1 with a plain average: the replica is the module's state, so nothing is swapped or adopted.
     """
 
     def __init__(self, replicas: Replicas, outer: Outer) -> None:
         self._replicas = replicas
         self._outer = outer
         self.is_plain_run = False
-        self._published: dict[str, Tensor] = {}  # where an algorithm published something else than θ
-        self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of what the last validation saw
-        self._search = False  # whether the next look compares tensors that show no trace of writing, too
+        self._published: dict[str, Tensor] = {}  # published values other than θ's
+        self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of the last validation's weights
+        self._stepped_since = False  # whether workers have stepped since the last validation
+        self._search = False  # whether the next comparison includes tensors without a trace of writing
         self._remember()
 
     @property
@@ -45,43 +46,46 @@ class LiveModule:
         return self._replicas.layout
 
     def deactivate(self) -> None:
-        """Makes the module's own tensors live, after a turn."""
-        self.layout.activate(self._replicas.own)
+        """Puts the module's state back into the live module, after a turn."""
+        self.layout.activate(self._replicas.module_state)
         self._remember()
 
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
-        """Copies an outer model, and θ's buffers, into the module's own tensors."""
+        """Copies an outer model, and θ's buffers, into the live module."""
         if self.is_plain_run:
             return
         theta = self._outer.tensors
         self._published = {n: t.clone() for n, t in parameters.items() if t is not theta.get(n)}
-        self._replicas.own.copy_from(parameters, self._outer.state.buffers)
+        self._replicas.module_state.copy_from(parameters, self._outer.state.buffers)
         self._remember()
 
     def set_plain(self, is_plain_run: bool) -> None:
-        """Lets the only worker work on the module's own tensors, or gives it a copy of them again."""
+        """Makes the only worker's replica the module's state itself, or a copy of the module's state."""
         if is_plain_run != self.is_plain_run:
             (worker,) = self._replicas.workers
-            own = self._replicas.own = self.layout.read()
-            self._replicas.states[worker] = own if is_plain_run else self.layout.copy_of(own)
+            state = self._replicas.module_state = self.layout.read()
+            self._replicas.states[worker] = state if is_plain_run else self.layout.copy_of(state)
             self.is_plain_run = is_plain_run
             self._remember()
 
     def search(self) -> None:
-        """The next look compares all values: ``.data.copy_`` leaves no trace of writing."""
+        """Lets the next comparison read all values: ``.data.copy_`` leaves no trace of writing."""
         self._search = True
 
     def follow(self) -> None:
         """Follows tensors of the module that were replaced, and parameters that came, went or were (un)frozen."""
         if self.layout.changed():
             self._follow_structure()
-        self._replicas.own = self.layout.read()
+        self._replicas.module_state = self.layout.read()
         if self.is_plain_run:
-            self._replicas.states[self._replicas.workers[0]] = self._replicas.own
+            self._replicas.states[self._replicas.workers[0]] = self._replicas.module_state
 
     @torch.no_grad()
     def adopt_outside_changes(self) -> None:
-        """Takes over what was written into the module between turns, tensor by tensor."""
+        """Writes outside changes into θ and all replicas, tensor by tensor.
+
+        Whole tensors are adopted: a replica loses its local steps' changes of such a tensor.
+        """
         self.follow()
         if self.is_plain_run:
             return
@@ -90,61 +94,91 @@ class LiveModule:
             for tensors in (self._outer.tensors, *map(self._replicas.tensors, self._replicas.workers)):
                 tensors[name].copy_(written)
         if self._search or self._buffer_traces() != self._traced_buffers:
-            gathered = [self._outer.state, self._replicas.own, *self._replicas.states.values()]
-            self._copy_changes(self._outer.state.buffers, self._replicas.own.buffers, gathered)
+            states = [self._outer.state, self._replicas.module_state, *self._replicas.states.values()]
+            self._copy_changes(self._outer.state.buffers, self._replicas.module_state.buffers, states)
         self._search = False
         self._remember()
 
     @torch.no_grad()
     def written(self) -> dict[str, Tensor]:
-        """Parameters that others wrote into since the last turn; call :meth:`follow` before.
-
-        A version counter or a pointer that moved only triggers the comparison; what counts are values. The weights that
-        the last validation saw are no news: whoever stored them there, and writes them back later, restores the module.
-        """
+        """Outside changes of parameters since the last turn; call :meth:`follow` before."""
         found = {}
         for name, trace in self._parameter_traces().items():
-            written, theta = self._replicas.own.tensors[name], self._outer.tensors[name]
+            written, theta = self._replicas.module_state.tensors[name], self._outer.tensors[name]
             before = self._published.get(name, theta)
+            # A moved version counter or pointer only triggers the comparison of values: a callback that swaps weights
+            # in and out moves the counter and changes nothing, and comparing all values at every step would be slow.
             if (self._search or self._traces.get(name) != trace) and not bitwise_equal(written, before):
+                # During validation the module shows the mean, not θ. A callback that saved the weights then and loads
+                # them now means to restore the module, not to replace every replica by the mean.
                 if self._was_evaluated(name, written):
+                    self._warn_of_restore()
                     written.copy_(before)
                 else:
                     found[name] = written
         return found
 
     def pending(self, state: ModelState) -> ModelState:
-        """``state`` with what others wrote into the module since the last turn: references, for a look or a file."""
+        """``state`` with outside changes that are not adopted yet: references, for an evaluation or a file."""
         self.follow()
         if self.is_plain_run:
             return state
-        theta, own = self._outer.state.buffers, self._replicas.own.buffers
-        buffers = [dict(mine) for mine in state.buffers]
+        theta, written = self._outer.state.buffers, self._replicas.module_state.buffers
+        buffers = [dict(submodule) for submodule in state.buffers]
         if self._search or self._buffer_traces() != self._traced_buffers:
-            for position, name, value in self._changed_buffers(theta, own):
+            for position, name, value in self._changed_buffers(theta, written):
                 buffers[position][name] = value
-            for mine, old, new in zip(buffers, theta, own, strict=True):
+            for submodule, old, new in zip(buffers, theta, written, strict=True):
                 for name in old.keys() - new.keys():
-                    mine.pop(name, None)
+                    submodule.pop(name, None)
         return ModelState({**state.tensors, **self.written()}, buffers)
 
     @torch.no_grad()
-    def evaluated(self, shown: ModelState) -> None:
-        """Notes the weights that a validation is about to see."""
-        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items()}
-        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers())
+    def begin_evaluation(self, shown: ModelState) -> None:
+        """Notes the weights that a validation is about to see, but for those that a callback has just written."""
+        written = self.written()
+        changed = {
+            (i, n) for i, n, _ in self._changed_buffers(self._outer.state.buffers, self._replicas.module_state.buffers)
+        }
+        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items() if n not in written}
+        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers() if key not in changed)
+        self._stepped_since = False
+
+    @torch.no_grad()
+    def end_evaluation(self, shown: ModelState, before: Buffers) -> None:
+        """Writes into the module what a validation changed that stays, as if a callback had done so after it.
+
+        That is buffers, and parameters that a callback had written before: it may have written the old values back.
+
+        Args:
+            shown: what the validation saw, as it left it.
+            before: the buffers as it found them.
+        """
+        for name, written in self.written().items():
+            if name in shown.tensors and not bitwise_equal(shown.tensors[name], written):
+                written.copy_(shown.tensors[name])
+        self._copy_changes(before, shown.buffers, [self._replicas.module_state])
+        self.search()
+
+    def note_steps(self) -> None:
+        """Workers have stepped."""
+        self._stepped_since = True
+
+    def _warn_of_restore(self) -> None:
+        if self._stepped_since:
+            self._stepped_since = False
+            warnings.warn(
+                "The weights that the last validation saw were written into the module some steps after it. That counts"
+                " as putting back weights that were swapped out, and changes nothing. To go back to those weights,"
+                " resume from a checkpoint: `trainer.fit(..., ckpt_path=...)`.",
+                stacklevel=2,
+            )
 
     def _was_evaluated(self, key: str | BufferKey, value: Tensor) -> bool:
         return key in self._evaluated and digest(value, None) == self._evaluated[key]
 
-    @torch.no_grad()
-    def write_buffers(self, before: Buffers, after: Buffers) -> None:
-        """Writes buffers that a validation changed into the module, as if a callback had done so after it."""
-        self._copy_changes(before, after, [self._replicas.own])
-        self.search()
-
     def _copy_changes(self, before: Buffers, after: Buffers, targets: Sequence[ModelState]) -> None:
-        """Buffers of ``after`` that differ from ``before`` become the targets'."""
+        """Writes buffers of ``after`` that differ from ``before`` into the targets, and removes missing ones."""
         for position, (old, new) in enumerate(zip(before, after, strict=True)):
             for name in old.keys() - new.keys():
                 for state in targets:
@@ -154,7 +188,7 @@ class LiveModule:
                 put_buffer(state.buffers[position], name, value)
 
     def _changed_buffers(self, before: Buffers, after: Buffers) -> Iterator[tuple[int, str, Tensor | None]]:
-        """New and changed entries of ``after``; values that the last validation saw are put back to ``before``'s."""
+        """New and changed entries of ``after``; values of the last validation are set back to those of ``before``."""
         for position, (old, new) in enumerate(zip(before, after, strict=True)):
             for name, value in list(new.items()):
                 if name in old and _same(old[name], value):
@@ -166,13 +200,12 @@ class LiveModule:
                     yield position, name, value
 
     def _follow_structure(self) -> None:
-        """Parameters or submodules came, went, were reshaped or (un)frozen: the replicas and θ follow."""
+        """Fits the replicas and θ to parameters or submodules that came, went, were reshaped or (un)frozen."""
         old, layout = self.layout, self.layout.renewed()
         self._replicas.relayout(layout)
-        self._outer.relayout(old, layout, self._replicas.own)
+        self._outer.relayout(old, layout, self._replicas.module_state)
         theta = self._outer.tensors
-        kept = {n: t for n, t in self._published.items() if n in theta and t.shape == theta[n].shape}
-        self._published = kept
+        self._published = {n: t for n, t in self._published.items() if n in theta and t.shape == theta[n].shape}
         self._traces.clear()
 
     def _remember(self) -> None:
@@ -183,7 +216,7 @@ class LiveModule:
         return {n: (p._version, p.data_ptr()) for n, p in self.layout.parameters.items()}
 
     def _buffer_traces(self) -> list[tuple[tuple[int, str], int, int]]:
-        return [(key, b._version, b.data_ptr()) for key, b in self._replicas.own.named_buffers()]
+        return [(key, b._version, b.data_ptr()) for key, b in self._replicas.module_state.named_buffers()]
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

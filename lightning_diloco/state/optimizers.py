@@ -1,7 +1,8 @@
-"""The live inner optimizers, which all workers of a process share, and what each worker's turn leaves of them.
+"""The live inner optimizers: the optimizer objects that the training loop steps, with the active worker's state.
 
-Owns the live optimizers between turns: what others write into them becomes every worker's, and validation gets copies.
-Does not own a worker's belongings (``worker.py``) nor when turns are (``engine.py``). Imports nothing of Lightning.
+Owns the live optimizers between turns: outside changes of them are adopted by every worker, and a validation gets
+copies. Does not own a worker's state (``worker.py``) nor the order of turns (``engine.py``). Imports nothing of
+Lightning.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +30,14 @@ from lightning_diloco.state.worker import (
 
 
 class InnerOptimizers:
-    """The live inner optimizers, shared by all workers of this process, and each worker's belongings.
+    """The live inner optimizers, and the state of each worker of this process.
 
     Args:
         optimizers: the optimizers that the training loop steps.
         scaler_owner: holder of the gradient scaler, or None.
-        streams: global id of each worker hosted here → its random stream (None: the process's own).
-        schedulers: LR schedulers that the workers step themselves (manual optimization), so that each has its own.
+        streams: global id of each worker hosted here → its random stream (None: the process's generators).
+        schedulers: LR schedulers that the workers step themselves (manual optimization); each worker has a state of
+            them.
         initial: optimizer states right after ``configure_optimizers``; default: the present ones.
     """
 
@@ -48,23 +50,23 @@ class InnerOptimizers:
         initial: Sequence[OptimizerState] | None = None,
     ) -> None:
         self.live = flatten_optimizers(optimizers)
-        self._schedulers = list(schedulers)
+        self._outermost, self._schedulers = list(optimizers), list(schedulers)
         self._controls: list[Groups | Schedule] = [*map(Groups, self.live), *map(Schedule, schedulers)]
         self._scaler_owner = scaler_owner
         self._streams = streams
         self.workers: dict[int, Worker] = {}
         self._sandboxed = False
         self._given_initial = initial
-        self._stateful_groups: dict[int, str] = {}  # id of an optimizer → a group entry that its step() changed
+        self._stateful_groups: dict[int, str] = {}  # id of an optimizer → a group entry that step() changed
         self.start_from_live()
 
     @property
     def first(self) -> Worker:
-        """The worker whose state the live optimizers show between turns."""
+        """The worker whose state is in the live optimizers between turns."""
         return next(iter(self.workers.values()))
 
     def start_from_live(self) -> None:
-        """The optimizers' present state is where every worker starts; before the first step only."""
+        """Every worker starts from the optimizers' present state; before the first step only."""
         self.initial = self._given_initial or [copy_state(o.state) for o in self.live]
         for i, (w, stream) in enumerate(self._streams.items()):
             self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
@@ -75,52 +77,49 @@ class InnerOptimizers:
         return any(optimizer is known for known in self.live)
 
     def are_others(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> bool:
-        """Whether these are not the live optimizers, or not the schedulers that workers step."""
-        return _differ(flatten_optimizers(optimizers), self.live) or _differ(schedulers, self._schedulers)
+        """Whether these differ from the live optimizers, or from the schedulers that workers step."""
+        return _differ(optimizers, self._outermost) or _differ(schedulers, self._schedulers)
 
     def replace(self, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
-        """From now on these are live: workers keep what they have of those that stay, and start the new ones afresh."""
+        """Makes these live: workers keep their states of optimizers that stay, and start new optimizers afresh."""
         self.adopt_outside_changes()
-        old, holders = self.live, [*self.live, *self._schedulers]
-        initial = self.initial
-        self.live, self._schedulers = flatten_optimizers(optimizers), list(schedulers)
+        old, initial, holders = self.live, self.initial, [*self.live, *self._schedulers]
+        self.live, self._outermost = flatten_optimizers(optimizers), list(optimizers)
+        self._schedulers = list(schedulers)
         self._controls = [*map(Groups, self.live), *map(Schedule, schedulers)]
-        self.initial = [
-            copy_state(o.state) if (kept := _position(old, o)) is None else initial[kept] for o in self.live
-        ]
+        kept = [(o, _position(old, o)) for o in self.live]
+        self.initial = [copy_state(o.state) if i is None else initial[i] for o, i in kept]
         for worker in self.workers.values():
             states, control = worker.states, worker.control
             worker.states = [
-                states[kept]
-                if (kept := _position(old, o)) is not None
-                else o.state
-                if worker is self.first
-                else copy_state(o.state)
-                for o in self.live
+                states[i] if i is not None else o.state if worker is self.first else copy_state(o.state)
+                for o, i in kept
             ]
             worker.control = [
-                c.read() if (kept := _position(holders, h)) is None else control[kept]
+                c.read() if (i := _position(holders, h)) is None else control[i]
                 for h, c in zip([*self.live, *schedulers], self._controls, strict=True)
             ]
             worker.follow(self.live, self._controls)
         self.activate_first()
 
     def activate_first(self) -> None:
-        """Between turns the optimizers and the scaler are the first worker's."""
+        """Puts the first worker's state into the optimizers and the scaler's owner, after a turn."""
         self.first.activate()
         self._known_control = [c.read() for c in self._controls]
 
     def adopt_outside_changes(self) -> None:
-        """What schedulers and callbacks wrote into the optimizers between turns is meant for every worker."""
+        """Writes changes that schedulers and callbacks made between turns into the state of every worker."""
         first = self.first
         for position, optimizer in enumerate(self.live):
             if optimizer.state is not first.states[position]:  # Optimizer.load_state_dict makes a new one
                 for w in self.workers.values():
                     w.states[position] = optimizer.state if w is first else copy_state(optimizer.state)
         for position, holder in enumerate(self._controls):
-            live, public = holder.read(), self._known_control[position]
+            live, before = holder.read(), self._known_control[position]
+            # Only changed entries are copied. The live optimizers show the first worker's control state; copied as a
+            # whole it would overwrite learning rates that the other workers have set in their turns.
             for g, values in enumerate(live):
-                known = public[g] if g < len(public) else {}
+                known = before[g] if g < len(before) else {}
                 changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}
                 for w in self.workers.values():
                     if g == len(w.control[position]):
@@ -131,11 +130,11 @@ class InnerOptimizers:
             self._known_control[position] = live
 
     def watch_groups(self) -> list[Any]:
-        """From now on notices optimizers whose own ``step`` changes their groups; returns handles that end it."""
+        """Notices optimizers whose ``step`` changes their groups from now on; returns the hooks' handles."""
         handles = []
         for optimizer in self.live:
             if hasattr(optimizer, "register_step_pre_hook"):
-                before: list[Control] = []  # a stack: torch runs the hooks for a step that calls super().step() twice
+                before: list[Control] = []  # a stack: a step that calls super().step() runs the hooks twice
                 handles += [
                     optimizer.register_step_pre_hook(lambda o, *_, before=before: before.append(Groups(o).read())),
                     optimizer.register_step_post_hook(partial(self._after_step, before)),
@@ -150,7 +149,7 @@ class InnerOptimizers:
 
     @contextmanager
     def first_activated(self) -> Iterator[None]:
-        """Inside, the live optimizers are the first worker's; afterwards what they were."""
+        """Inside, the live optimizers have the first worker's state; afterwards their previous state."""
         if not self._sandboxed:
             self.adopt_outside_changes()
         states, control = [o.state for o in self.live], [c.read() for c in self._controls]
@@ -165,10 +164,13 @@ class InnerOptimizers:
 
     @contextmanager
     def sandbox(self, channel: Channel) -> Iterator[None]:
-        """Inside, the optimizers hold copies; those with ``train()`` and ``eval()`` the mean of the workers' states.
+        """For an evaluation: inside, the optimizers have copies of their state, which are dropped afterwards.
 
-        Control state that is written inside (learning rates, schedulers) is meant for every worker, as elsewhere.
+        Optimizers with ``train()`` and ``eval()`` have the mean of the workers' states. Control state that is written
+        inside (learning rates, schedulers) is adopted by every worker, as between turns.
         """
+        # Schedule-free optimizers compute the evaluation weights out of the live weights and their state. An evaluation
+        # of the replicas' mean needs the states' mean; a worker's state would mix that worker's iterate into the mean.
         self.adopt_outside_changes()
         for position, optimizer in enumerate(self.live):
             optimizer.state = copy_state(optimizer.state)
@@ -185,12 +187,12 @@ class InnerOptimizers:
             self._sandboxed = False
             for position, optimizer in enumerate(self.live):
                 optimizer.state = self.first.states[position]
-                if _has_modes(optimizer):  # eval() without train() is undone, with all else that a hook wrote there
+                if _has_modes(optimizer):  # undoes eval() without train(), and other writes of hooks to these groups
                     self._controls[position].write(self.first.control[position])
             self.adopt_outside_changes()
 
     def check_averageable(self, policy: str) -> None:
-        """Raises if some inner state can be neither reset nor averaged in a meaningful way; after the first step."""
+        """Refuses inner states without a meaningful reset or mean; to be called after the first step."""
         for optimizer in self.live:
             if id(optimizer) in self._stateful_groups:
                 raise ValueError(
@@ -215,26 +217,28 @@ def average_inner_state(
     """Averages, in place, the floating tensors with ``least`` elements or more; returns bytes sent per worker.
 
     Args:
-        channel: reaches the workers hosted elsewhere.
-        optimizers: the live optimizers, which know the order of their parameters.
-        states: for each participant hosted here, its state of each optimizer. An entry that some workers lack (of a
-            parameter that never had a gradient there) is averaged over those that have it.
+        channel: reaches the workers of other processes.
+        optimizers: the live optimizers, for the order of their parameters.
+        states: for each participant hosted here, the state of each optimizer. An entry that some workers lack (of a
+            parameter that never had a gradient there) is averaged over the workers that have the entry.
         least: elements that a tensor must have; 2 leaves step counters alone.
     """
-    entries = {w: _averageable(optimizers, own, least) for w, own in states.items()}
-    kinds = {w: {name: (t.shape, t.dtype) for name, t in own.items()} for w, own in entries.items()}
-    gathered = channel.world.gather_all("a mean of inner optimizer states", kinds)
-    held = {w: own for theirs in gathered for w, own in theirs.items()}
+    entries = {w: _averageable(optimizers, state, least) for w, state in states.items()}
+    local = {w: {name: (t.shape, t.dtype) for name, t in found.items()} for w, found in entries.items()}
+    # A mean is a collective over all processes. Processes whose workers have different entries would wait for each
+    # other in different means, so all processes first learn which workers have which entries.
+    gathered = channel.world.gather_all("a mean of inner optimizer states", local)
+    shapes = {w: found for process in gathered for w, found in process.items()}
     holders: dict[str, list[int]] = {}
-    for w in sorted(held):
-        for name in held[w]:
+    for w in sorted(shapes):
+        for name in shapes[w]:
             holders.setdefault(name, []).append(w)
     device = channel.world.device
     sent = 0
     for group in dict.fromkeys(map(tuple, holders.values())):
-        names = [n for n, having in holders.items() if tuple(having) == group]
-        kind = {n: held[group[0]][n] for n in names}
-        like = {n: torch.empty(shape, dtype=dtype, device=device) for n, (shape, dtype) in kind.items()}
+        names = [n for n, workers in holders.items() if tuple(workers) == group]
+        first = {n: shapes[group[0]][n] for n in names}
+        like = {n: torch.empty(shape, dtype=dtype, device=device) for n, (shape, dtype) in first.items()}
         means = channel.mean(names, entries.__getitem__, group, what=None, like=like)
         for w in [w for w in group if w in entries]:
             for n in names:
@@ -244,7 +248,7 @@ def average_inner_state(
 
 
 def _averageable(optimizers: Sequence[Any], states: Sequence[OptimizerState], least: int) -> dict[str, Tensor]:
-    """optimizer/parameter/key → tensor, with parameters by their position in the optimizer."""
+    """Key → tensor; the key has the positions of optimizer and parameter, and so is the same on all processes."""
     found: dict[str, Tensor] = {}
     for o, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
 """The outer model θ and the outer optimizer that moves it.
 
-Owns θ's values, the outer optimizer with its state, and the rule when an outer step is a plain average. Does not own
-how the pseudo-gradient comes about (``comm.py``, ``algorithms/``) nor the module's tensors (``replicas.py``). Imports
+Owns θ's values, the outer optimizer with its state, and the rule when an outer step is a plain average. Does not
+compute the pseudo-gradient (``channel.py``, ``algorithms/``) nor own the live module (``live_module.py``). Imports
 nothing of Lightning.
 """
 
@@ -24,8 +24,7 @@ class Outer:
     Args:
         layout: the module's layout.
         start: the values θ starts from; copied.
-        factory: builds the outer optimizer from a list of parameters; it gets θ's trainable ones, in the layout's
-        order.
+        factory: builds the outer optimizer from θ's trainable parameters, in the layout's order.
     """
 
     def __init__(self, layout: Layout, start: ModelState, factory: OuterFactory) -> None:
@@ -34,16 +33,16 @@ class Outer:
         self._trainable = layout.trainable
         for name in self._trainable:
             self.parameters[name].requires_grad_()
-        nothing = [] if self._trainable else [nn.Parameter(torch.zeros(0))]  # optimizers refuse an empty list
+        nothing = [] if self._trainable else [nn.Parameter(torch.zeros(0))]  # torch's optimizers refuse an empty list
         self.optimizer = factory([self.parameters[n] for n in self._trainable] + nothing)
         if nothing:
             self.refresh_trainable(layout)
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        left_out = [n for n in self._trainable if id(self.parameters[n]) not in held]
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        left_out = [n for n in self._trainable if id(self.parameters[n]) not in optimized]
         if left_out:
             raise ValueError(
                 f"The outer optimizer {type(self.optimizer).__name__} leaves out {', '.join(left_out)}, which would"
-                " never move. Give it every parameter it is called with."
+                " never move. Give the optimizer all parameters that its factory is called with."
             )
 
     @property
@@ -58,16 +57,16 @@ class Outer:
 
     @property
     def is_plain_average(self) -> bool:
-        """Whether an outer step just assigns the mean: SGD(lr=1) without momentum, weight decay or maximize.
+        """Whether an outer step assigns the mean of the replicas: SGD(lr=1) without momentum, weight decay or maximize.
 
-        Judged anew each time, since schedules may change the outer learning rate. Assigning is not what SGD computes:
+        Computed at every call, since schedules may change the outer learning rate. The mean is assigned because SGD's
         ``θ − (θ − θ_i)`` differs from ``θ_i`` in floating point.
         """
         return is_plain_average(self.optimizer)
 
     @torch.no_grad()
     def step(self, names: Iterable[str], delta: Mapping[str, Tensor]) -> None:
-        """One step of the outer optimizer: ``θ.grad = Δ``, minimised; only ``names`` have a gradient and move.
+        """Steps the outer optimizer with ``θ.grad = Δ``; only ``names`` have a gradient and move.
 
         Args:
             names: parameters that take part.
@@ -82,13 +81,13 @@ class Outer:
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Tensor]) -> None:
-        """θ becomes ``values``, bit for bit (up to the rounding of float32 means to half types)."""
+        """Sets θ to ``values``, bit for bit (up to the rounding of float32 means to half types)."""
         for name, value in values.items():
             self.state.tensors[name].copy_(value)
 
-    def relayout(self, old: Layout, layout: Layout, own: ModelState) -> None:
-        """Adopts a new layout; θ keeps its values, and the optimizer its state, of the parameters that remain."""
-        self.state = layout.copy_of(layout.carried(old, self.state, own))
+    def relayout(self, old: Layout, layout: Layout, present: ModelState) -> None:
+        """Changes to ``layout``: remaining parameters keep their values and state, new ones start at ``present``."""
+        self.state = layout.copy_of(layout.carried(old, self.state, present))
         kept = {name: self.parameters[before] for name, before in layout.previous_names(old).items()}
         self.parameters = {
             name: kept.get(name, nn.Parameter(tensor, requires_grad=False))
@@ -99,7 +98,7 @@ class Outer:
         self.refresh_trainable(layout)
 
     def refresh_trainable(self, layout: Layout) -> None:
-        """Follows the module's ``requires_grad`` flags: thawed parameters join the first group, frozen ones leave."""
+        """Follows ``requires_grad``: unfrozen parameters join the first group, frozen parameters leave theirs."""
         self._trainable = layout.trainable
         wanted = {id(self.parameters[n]): self.parameters[n] for n in self._trainable}
         present = set()
@@ -137,20 +136,20 @@ def is_plain_average(optimizer: Optimizer) -> bool:
 
 
 def trial_optimizer(factory: OuterFactory) -> Optimizer:
-    """The outer optimizer over a dummy matrix, so that wrong arguments fail before anything starts.
+    """The outer optimizer of a dummy matrix, so that wrong arguments fail before training starts.
 
     Raises:
-        TypeError: what the factory makes is no torch optimizer, or its step needs a closure.
+        TypeError: the factory makes no torch optimizer, or the optimizer's step needs a closure.
     """
     optimizer = factory([nn.Parameter(torch.zeros(2, 2))])
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"it builds a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
     if needs_closure(optimizer):
-        raise TypeError(f"{type(optimizer).__name__}.step needs a closure; an outer step has none to give")
+        raise TypeError(f"{type(optimizer).__name__}.step needs a closure, and an outer step has none")
     return optimizer
 
 
 def needs_closure(optimizer: Any) -> bool:
-    """Whether ``optimizer.step()`` can't do without a closure that evaluates the model again (LBFGS)."""
+    """Whether ``optimizer.step()`` requires a closure that evaluates the model again (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty

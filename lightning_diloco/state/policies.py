@@ -1,7 +1,7 @@
-"""What a synchronisation does to everything but trainable parameters: frozen ones, buffers, inner optimizer states.
+"""Policies: the synchronisation of frozen parameters, buffers and inner optimizer states.
 
-Owns the policies, and the values that stand for tensors of which workers hold different ones. Does not own when a
-synchronisation is due (``algorithms/``). Imports nothing of Lightning.
+Owns the policies, and the common value of a tensor that differs between workers. Does not own when a synchronisation is
+due, nor trainable parameters (``algorithms/``). Imports nothing of Lightning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,15 +35,15 @@ class Policies:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a worker holds under a name: as much as others need to know to compare, and to make room for it."""
+class Fingerprint:
+    """A worker's tensor as other processes know it: enough to compare tensors, and to allocate memory for them."""
 
     shape: torch.Size
     dtype: torch.dtype
     digest: bytes
 
 
-Survey = dict[int, dict[str, Held]]  # worker → name of a frozen parameter or buffer → what it holds
+Survey = dict[int, dict[str, Fingerprint]]  # worker → name of a frozen parameter or buffer → fingerprint
 
 
 class PolicyApplication:
@@ -64,11 +64,15 @@ class PolicyApplication:
         self._replicas, self._outer, self._channel, self._inner = replicas, outer, channel, inner
 
     def survey(self, where: str) -> Survey:
-        """What every worker holds in its frozen parameters and buffers; all processes ask together."""
+        """Every worker's frozen parameters and buffers, as fingerprints; all processes call this together.
+
+        All processes need all fingerprints: they decide which tensors are averaged, and a process that decided
+        otherwise would wait for the others in another collective.
+        """
         return joined(self._channel.world.gather_all(where, self.survey_here()))
 
     def survey_here(self) -> Survey:
-        """As :meth:`survey`, of the workers hosted here."""
+        """As :meth:`survey`, of the workers of this process."""
         layout, theta = self._replicas.layout, self._outer.state
         reference: dict[str, Tensor | None] = {n: theta.tensors[n] for n in layout.frozen}
         reference |= _named_buffers(layout, theta)
@@ -77,7 +81,7 @@ class PolicyApplication:
             tensors = {n: self._replicas.tensors(w)[n] for n in layout.frozen}
             tensors |= _named_buffers(layout, self._replicas.states[w])
             survey[w] = {
-                name: Held(
+                name: Fingerprint(
                     t.shape, t.dtype, b"" if self._channel.world.num_workers == 1 else digest(t, reference.get(name))
                 )
                 for name, t in tensors.items()
@@ -85,35 +89,35 @@ class PolicyApplication:
         return survey
 
     @torch.no_grad()
-    def synchronise_frozen(self, participants: Sequence[int], held: Survey) -> None:
-        """Frozen parameters follow the policy of buffers: floating ones of floating buffers, others of integer ones."""
+    def synchronise_frozen(self, participants: Sequence[int], survey: Survey) -> None:
+        """Synchronises frozen parameters by the policy of buffers, floating ones as floating buffers."""
         read, frozen = self._replicas.tensors, self._replicas.layout.frozen
-        here = read(self._channel.world.workers[0])
-        differing = [n for n in frozen if not self.same(held, n)]
-        averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(here[n])]
+        local = read(self._channel.world.workers[0])
+        differing = [n for n in frozen if not self.same(survey, n)]
+        averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(local[n])]
         values = self._channel.mean(averaged, read, participants, what=None)
         others = [n for n in differing if n not in values]
-        values |= self._channel.copies_of(participants[0], others, read, like=here)
-        self._outer.assign({**{n: here[n] for n in frozen}, **values})
+        values |= self._channel.copies_of(participants[0], others, read, like=local)
+        self._outer.assign({**{n: local[n] for n in frozen}, **values})
         if self._policies.buffers != "local":
-            self._channel.record("buffers", sum(here[n].nbytes for n in differing))
+            self._channel.record("buffers", sum(local[n].nbytes for n in differing))
             for w in self._channel.world.workers:
                 for n in differing:
                     read(w)[n].copy_(values[n])
 
     @torch.no_grad()
-    def synchronise_buffers(self, participants: Sequence[int] | None = None, held: Survey | None = None) -> None:
-        """Buffers follow the policy; tensors that all workers hold bit for bit are left alone and cost nothing.
+    def synchronise_buffers(self, participants: Sequence[int] | None = None, survey: Survey | None = None) -> None:
+        """Synchronises buffers by the policy; buffers that are equal on all workers, bit for bit, cost nothing.
 
         Args:
-            participants: whose values count; default all workers'. The others get the result whatever the policy.
-            held: what every worker holds, if known.
+            participants: workers that contribute values; default all. The others get the result whatever the policy.
+            survey: the present survey, if known.
         """
         participants = self._channel.workers if participants is None else participants
-        held = held or self.survey(f"the synchronisation of buffers after {self._channel.clock()} local steps")
+        survey = survey or self.survey(f"the synchronisation of buffers after {self._channel.clock()} local steps")
         dropped = [w for w in self._channel.workers if w not in participants]
         theta, states = self._outer.state.buffers, self._replicas.states
-        common = self.common_buffers(participants, held, first=self._policies.buffers == "first")
+        common = self.common_buffers(participants, survey, first=self._policies.buffers == "first")
         targets = [
             w
             for w in (self._channel.workers if self._policies.buffers != "local" else dropped)
@@ -125,29 +129,31 @@ class PolicyApplication:
             put_buffer(theta[position], name, value)
         for (position, name), value in states[self._channel.world.workers[0]].named_buffers():
             full = f"{self._replicas.layout.module_names[position]}.{name}"
-            if (position, name) not in common and full in held[participants[0]]:
+            if (position, name) not in common and full in survey[participants[0]]:
                 put_buffer(theta[position], name, value)
         self._channel.record(
             "buffers", sum(v.nbytes for v in common.values()) if self._policies.buffers != "local" else 0
         )
 
-    def common_buffers(self, participants: Sequence[int], held: Survey, first: bool = False) -> dict[BufferKey, Tensor]:
-        """What stands for buffers of which workers hold different values, as new tensors.
+    def common_buffers(
+        self, participants: Sequence[int], survey: Survey, first: bool = False
+    ) -> dict[BufferKey, Tensor]:
+        """The common values of buffers that differ between workers, as new tensors.
 
-        The mean over the participants, if all have a floating tensor of the same shape and dtype; else, and with
-        ``first``, the first participant's. Buffers that the first participant lacks are left out.
+        That is the mean over the participants if all have a floating tensor of the same shape and dtype; otherwise, and
+        with ``first``, the first participant's value. Buffers that the first participant lacks are left out.
         """
         layout = self._replicas.layout
         device = next((t.device for t in self._outer.tensors.values()), self._channel.world.device)
-        leading = held[participants[0]]
+        leading = survey[participants[0]]
         position = {name: i for i, name in enumerate(layout.module_names)}
         keys = {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}
-        differing = [n for n in keys if not self.same(held, n)]
+        differing = [n for n in keys if not self.same(survey, n)]
         like = {n: torch.empty(leading[n].shape, dtype=leading[n].dtype, device=device) for n in differing}
         averaged = [
             n
             for n in differing
-            if not first and is_floating(like[n]) and len({_kind(held[w].get(n)) for w in participants}) == 1
+            if not first and is_floating(like[n]) and len({_kind(survey[w].get(n)) for w in participants}) == 1
         ]
 
         def read(worker: int) -> Mapping[str, Tensor]:
@@ -157,17 +163,17 @@ class PolicyApplication:
         values |= self._channel.copies_of(participants[0], [n for n in differing if n not in values], read, like)
         return {keys[n]: values[n].to(like[n].dtype) for n in differing}
 
-    def same(self, held: Survey, name: str) -> bool:
-        """Whether all workers hold the same under a name, bit for bit."""
-        return len({held[w].get(name) for w in self._channel.workers}) == 1
+    def same(self, survey: Survey, name: str) -> bool:
+        """Whether the tensor is equal on all workers, bit for bit."""
+        return len({survey[w].get(name) for w in self._channel.workers}) == 1
 
     @torch.no_grad()
     def synchronise_inner_state(self, participants: Sequence[int], dropped: Sequence[int]) -> None:
-        """Inner optimizer states follow the policy; dropped workers get fresh ones.
+        """Synchronises inner optimizer states by the policy; dropped workers get fresh states.
 
         Args:
-            participants: workers whose states are averaged.
-            dropped: workers that were left out because their weights were not finite.
+            participants: workers that take part in the mean.
+            dropped: workers with weights that are not finite.
         """
         targets = self._channel.workers if self._policies.inner_state == "reset" else dropped
         for w in [w for w in targets if w in self._channel.world.workers]:
@@ -179,12 +185,12 @@ class PolicyApplication:
 
 def joined(surveys: Sequence[Survey]) -> Survey:
     """The surveys of several processes as one."""
-    return {w: held for survey in surveys for w, held in survey.items()}
+    return {w: found for survey in surveys for w, found in survey.items()}
 
 
 def _named_buffers(layout: Layout, state: ModelState) -> dict[str, Tensor]:
     return {f"{layout.module_names[position]}.{name}": b for (position, name), b in state.named_buffers()}
 
 
-def _kind(held: Held | None) -> Any:
-    return None if held is None else (held.shape, held.dtype)
+def _kind(tensor: Fingerprint | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype)

@@ -1,7 +1,7 @@
-"""Random streams: where a run's seed comes from, and one torch stream per worker.
+"""Random streams: the run's seed, and a stream of torch's generators for each worker.
 
-Owns: deriving independent seeds from one run seed, and :class:`RandomStream`, a torch generator state that is swapped
-in for a while. Does not own Python's and NumPy's generators, nor randomness inside a dataset: those stay the user's.
+Owns the derivation of independent seeds from the run's seed, and :class:`RandomStream`, a state of torch's generators
+that is swapped in for a block. Does not touch Python's and NumPy's generators, nor randomness inside a dataset.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def process_state() -> dict[str, torch.Tensor | None]:
-    """The state of the process's own torch generators."""
+    """The state of the process's torch generators."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_process_state(state: Mapping[str, torch.Tensor | None]) -> None:
-    """The reverse of :func:`process_state`; a CUDA state is left out where there is no CUDA."""
+    """Sets a state of :func:`process_state`; a CUDA state is ignored where there is no CUDA."""
     if state["cpu"] is not None:
         torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
@@ -41,11 +41,11 @@ def set_process_state(state: Mapping[str, torch.Tensor | None]) -> None:
 
 
 class RandomStream:
-    """The state of torch's global generators (CPU, and ``device`` if it is CUDA) as one owner sees them.
+    """A worker's state of torch's global generators: CPU, and ``device`` if that is a CUDA device.
 
     Args:
-        seed: where the stream starts.
-        device: the device whose generator belongs to the stream beside the CPU's.
+        seed: seed of the stream's generators.
+        device: the worker's device.
     """
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:
@@ -55,7 +55,7 @@ class RandomStream:
 
     @property
     def state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Where the stream is; its tensors are replaced, never written to."""
+        """The generators' states; the tensors are replaced, never written to, so that a reference is a snapshot."""
         return self.cpu_state, self.cuda_state
 
     @state.setter
@@ -64,7 +64,7 @@ class RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Torch draws from this stream inside the block; afterwards the outer stream continues untouched."""
+        """Torch draws from this stream inside the block; afterwards torch's previous state is back, untouched."""
         outside_cpu = torch.get_rng_state()
         torch.set_rng_state(self.cpu_state)
         if self._cuda is not None and self.cuda_state is not None:

@@ -1,9 +1,9 @@
-"""N states of one module, of which one at a time is live.
+"""The replicas of the workers. At most a single replica is active: its tensors are in the live module.
 
-Owns the storage: every parameter of a :class:`ModelState` has a storage of its own, as a module's parameters have, so
-that ``torch.save`` of a part writes that part only; making a state live swaps pointers, never values. Does not own what
-a worker has beside its weights (``worker.py``), the outer model (``outer.py``), nor when anything is exchanged
-(``algorithms/``). Imports nothing of Lightning.
+Owns the storage: parameters of a :class:`ModelState` share no storage, as in a module, so that ``torch.save`` of a part
+writes that part only. Activating a state swaps pointers, never values. Does not own a worker's optimizer state
+(``worker.py``), the outer model (``outer.py``), nor when workers synchronise (``algorithms/``). Imports nothing of
+Lightning.
 """
 
 from collections import Counter
@@ -22,12 +22,12 @@ BufferKey = tuple[int, str]  # (position of the submodule in Layout.modules, nam
 
 
 class ModelState:
-    """The value of every replicated parameter and of every buffer of one module.
+    """The values of the replicated parameters and the buffers of a module.
 
     Attributes:
         tensors: parameter name → tensor of the parameter's shape, stride and dtype.
-        buffers: for each submodule, in the layout's order, the dict that serves as its ``_buffers`` while the state is
-            live. So buffers that a forward reassigns or registers anew land in the right state by themselves.
+        buffers: for each submodule, in the layout's order, the dict that is its ``_buffers`` while the state is active.
+            So buffers that a forward reassigns or registers are in the right state without further work.
     """
 
     def __init__(self, tensors: dict[str, Tensor], buffers: list[dict[str, Tensor | None]]) -> None:
@@ -35,26 +35,26 @@ class ModelState:
         self.buffers = buffers
 
     def named_buffers(self) -> Iterator[tuple[BufferKey, Tensor]]:
-        for position, own in enumerate(self.buffers):
-            for name, buffer in own.items():
+        for position, submodule in enumerate(self.buffers):
+            for name, buffer in submodule.items():
                 if buffer is not None:
                     yield (position, name), buffer
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor], buffers: list[dict[str, Tensor | None]]) -> None:
-        """Takes over values, in place where shapes allow; tensors that hold them already are not written to."""
+        """Copies values, in place where shapes allow; equal tensors are not written to."""
         for name, tensor in tensors.items():
             if not bitwise_equal(self.tensors[name], tensor):
                 self.tensors[name].copy_(tensor)
-        for mine, theirs in zip(self.buffers, buffers, strict=True):
-            for name, buffer in theirs.items():
-                put_buffer(mine, name, buffer)
+        for target, source in zip(self.buffers, buffers, strict=True):
+            for name, buffer in source.items():
+                put_buffer(target, name, buffer)
 
     def to(self, device: torch.device) -> None:
         """Moves the values."""
         self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
-        for own in self.buffers:
-            own.update({name: b.to(device) for name, b in own.items() if b is not None})
+        for submodule in self.buffers:
+            submodule.update({name: b.to(device) for name, b in submodule.items() if b is not None})
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes of the parameters and of the buffers."""
@@ -62,15 +62,15 @@ class ModelState:
 
 
 class Layout:
-    """Which parameters and submodules of ``module`` are replicated, and how their values are laid out.
+    """The parameters and submodules of ``module`` that are replicated, by name and in a fixed order.
 
-    Tied parameters appear once, under their first name. Buffers of torchmetrics' metrics are left out: a metric is one
-    object that all workers update.
+    Tied parameters appear once, under their first name. Buffers of torchmetrics' metrics are left out: all workers
+    update the same metric object.
 
     Args:
-        module: the module; see ``refusals.py`` for what it must not contain.
-        share_frozen: leave parameters without ``requires_grad`` out: all workers use the module's own tensor.
-        resting: ids of parameters that lack ``requires_grad`` only for a while.
+        module: the module; ``checks.py`` lists modules that can't be replicated.
+        share_frozen: leave parameters without ``requires_grad`` out: all workers use the module's tensor.
+        suspended: ids of parameters that lack ``requires_grad`` only for a while.
 
     Attributes:
         parameters: name → replicated parameter of the live module.
@@ -78,11 +78,11 @@ class Layout:
         modules, module_names: submodules whose buffers are replicated.
     """
 
-    def __init__(self, module: nn.Module, share_frozen: bool = False, resting: set[int] | None = None) -> None:
+    def __init__(self, module: nn.Module, share_frozen: bool = False, suspended: set[int] | None = None) -> None:
         self.module = module
         self.share_frozen = share_frozen
         self._required: set[int] = set()
-        self._resting: set[int] = resting or set()  # parameters that a worker's turn left without requires_grad
+        self._suspended: set[int] = suspended or set()  # parameters that a worker's turn left without requires_grad
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in module.named_parameters() if self._requires_grad(p) or not share_frozen
         }
@@ -99,7 +99,7 @@ class Layout:
 
     def renewed(self) -> "Layout":
         """A layout of the module as it is now."""
-        return Layout(self.module, self.share_frozen, self._resting)
+        return Layout(self.module, self.share_frozen, self._suspended)
 
     @property
     def names(self) -> list[str]:
@@ -127,12 +127,12 @@ class Layout:
         self._required = {id(p) for p in self.everything if p.requires_grad}
 
     def end_turn(self) -> None:
-        """After a worker's turn: what it left frozen is frozen for a while, not for good."""
+        """After a worker's turn: parameters that the turn froze still count as trainable (GANs toggle the flag)."""
         required = {id(p) for p in self.everything if p.requires_grad}
-        self._resting = (self._resting | self._required) - required
+        self._suspended = (self._suspended | self._required) - required
 
     def _requires_grad(self, p: nn.Parameter) -> bool:
-        return p.requires_grad or id(p) in self._resting
+        return p.requires_grad or id(p) in self._suspended
 
     def _signature(self) -> list[Any]:
         found: list[Any] = []
@@ -144,11 +144,11 @@ class Layout:
         return found
 
     def read(self) -> ModelState:
-        """The tensors that are in the module right now: references, not copies."""
+        """The tensors that are in the live module now: references, not copies."""
         return ModelState({n: p.data for n, p in self.parameters.items()}, [m._buffers for m in self.modules])
 
     def activate(self, state: ModelState) -> None:
-        """Makes ``state`` the module's values, by pointer."""
+        """Puts the tensors of ``state`` into the live module, by pointer."""
         for name, p in self.parameters.items():
             p.data = state.tensors[name]
         for module, buffers in zip(self.modules, state.buffers, strict=True):
@@ -156,7 +156,7 @@ class Layout:
 
     @contextmanager
     def activated(self, state: ModelState) -> Iterator[None]:
-        """``state`` is live inside the block; afterwards the module has again what it had before."""
+        """``state`` is active inside the block; afterwards the previous state is active again."""
         before = self.read()
         self.activate(state)
         try:
@@ -165,7 +165,7 @@ class Layout:
             self.activate(before)
 
     def collect(self, state: ModelState) -> None:
-        """After ``state`` was live: takes in parameters whose ``.data`` was pointed elsewhere meanwhile."""
+        """After ``state`` was active: copies parameters whose ``.data`` now points to another tensor into ``state``."""
         for name, p in self.parameters.items():
             tensor = state.tensors[name]
             if p.data_ptr() != tensor.data_ptr():
@@ -178,13 +178,13 @@ class Layout:
                 tensor.copy_(p.data)
 
     def previous_names(self, old: "Layout") -> dict[str, str]:
-        """New name → name in ``old``, for parameters that both have (pruning and parametrizations rename them)."""
+        """New name → name in ``old``, for parameters in both layouts (pruning and parametrizations rename them)."""
         known = {id(p): name for name, p in old.parameters.items()}
         return {name: known[id(p)] for name, p in self.parameters.items() if id(p) in known}
 
-    def carried(self, old: "Layout", state: ModelState, own: ModelState) -> ModelState:
-        """``state``, made for ``old``, in this layout: references; what it lacks is taken from ``own``."""
-        tensors = dict(own.tensors)
+    def carried(self, old: "Layout", state: ModelState, default: ModelState) -> ModelState:
+        """``state``, made for ``old``, in this layout: references; missing tensors come from ``default``."""
+        tensors = dict(default.tensors)
         for name, before in self.previous_names(old).items():
             if (
                 state.tensors[before].shape == tensors[name].shape
@@ -192,33 +192,33 @@ class Layout:
             ):
                 tensors[name] = state.tensors[before]
         had = {id(m): buffers for m, buffers in zip(old.modules, state.buffers, strict=True)}
-        merged = [{**new, **had.get(id(m), {})} for m, new in zip(self.modules, own.buffers, strict=True)]
+        merged = [{**new, **had.get(id(m), {})} for m, new in zip(self.modules, default.buffers, strict=True)]
         return ModelState(tensors, merged)
 
     def copy_of(self, source: ModelState) -> ModelState:
-        """A new state with the values of ``source``, each in a storage of its own."""
-        # a clone has the strides of its original if that is dense (channels_last), else it is contiguous
+        """A new state with the values of ``source``, each parameter in a new storage."""
+        # a clone keeps the strides of a dense original (channels_last); with others, kernels may round differently
         tensors = {n: source.tensors[n].detach().clone() for n in self.parameters}
         return ModelState(tensors, copy_buffers(source.buffers))
 
 
 class Replicas:
-    """The states of the workers of this process, and the module's own tensors between their turns.
+    """The replicas of this process's workers, and the state of the live module between turns.
 
     Args:
-        layout: the layout of the module; its present values are where every worker starts.
+        layout: the layout of the module; every worker starts from the module's present values.
         workers: global ids of the workers hosted here, ascending.
 
     Attributes:
-        own: the module's own tensors.
-        states: worker → its state.
-        slots: (worker, name) → what :meth:`slot` has handed out.
+        module_state: the tensors that are in the live module while no replica is active.
+        states: worker → replica.
+        slots: (worker, name) → tensors of :meth:`slot`.
     """
 
     def __init__(self, layout: Layout, workers: Iterable[int]) -> None:
         self.layout = layout
-        self.own = layout.read()
-        self.states = {w: layout.copy_of(self.own) for w in workers}
+        self.module_state = layout.read()
+        self.states = {w: layout.copy_of(self.module_state) for w in workers}
         self.slots: dict[tuple[int, str], dict[str, Tensor]] = {}
 
     @property
@@ -241,19 +241,20 @@ class Replicas:
         return self.slots[key]
 
     def relayout(self, layout: Layout) -> None:
-        """Adopts ``layout`` after parameters came, went or were (un)frozen; what a worker had, it keeps."""
-        own = layout.read()
-        self.states = {w: layout.copy_of(layout.carried(self.layout, old, own)) for w, old in self.states.items()}
+        """Changes to ``layout`` after parameters came, went or were (un)frozen; replicas keep remaining values."""
+        present = layout.read()
+        self.states = {w: layout.copy_of(layout.carried(self.layout, old, present)) for w, old in self.states.items()}
         for key, slot in self.slots.items():
             old = ModelState(slot, [{} for _ in self.layout.modules])
-            zeros = ModelState({n: torch.zeros_like(t) for n, t in own.tensors.items()}, [{} for _ in layout.modules])
-            self.slots[key] = layout.carried(self.layout, old, zeros).tensors
-        self.layout, self.own = layout, own
+            zeros = {n: torch.zeros_like(t) for n, t in present.tensors.items()}
+            missing = ModelState(zeros, [{} for _ in layout.modules])
+            self.slots[key] = layout.carried(self.layout, old, missing).tensors
+        self.layout, self.module_state = layout, present
 
 
 def copy_buffers(buffers: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
-    """Clones; buffers that are one tensor, or views of one storage, are so among the clones too."""
-    originals = {id(b): b for own in buffers for b in own.values() if b is not None}
+    """Clones; buffers that are the same tensor, or views of the same storage, stay so among the clones."""
+    originals = {id(b): b for submodule in buffers for b in submodule.values() if b is not None}
     views = Counter(b.untyped_storage().data_ptr() for b in originals.values())
     storages: dict[int, torch.UntypedStorage] = {}
     clones: dict[int, Tensor] = {}
@@ -266,11 +267,11 @@ def copy_buffers(buffers: list[dict[str, Tensor | None]]) -> list[dict[str, Tens
             clones[key] = torch.empty_like(b, memory_format=torch.contiguous_format).set_(
                 copied, b.storage_offset(), b.shape, b.stride()
             )
-    return [{name: None if b is None else clones[id(b)] for name, b in own.items()} for own in buffers]
+    return [{name: None if b is None else clones[id(b)] for name, b in submodule.items()} for submodule in buffers]
 
 
 def put_buffer(buffers: dict[str, Tensor | None], name: str, value: Tensor | None) -> None:
-    """``buffers[name]`` takes the value of ``value``: in place if the shapes allow it, else as a clone."""
+    """Sets ``buffers[name]`` to the value of ``value``: in place if shape and dtype allow, else to a clone."""
     present = buffers.get(name)
     if value is None:
         buffers[name] = None
@@ -281,5 +282,5 @@ def put_buffer(buffers: dict[str, Tensor | None], name: str, value: Tensor | Non
 
 
 def is_floating(tensor: Tensor) -> bool:
-    """Whether a mean of such tensors makes sense: floating or complex."""
+    """Whether ``tensor`` can be averaged: floating or complex."""
     return tensor.is_floating_point() or tensor.is_complex()

@@ -1,14 +1,12 @@
-"""What a worker owns besides its weights: inner optimizer state, control state, gradient scaler, gradients, random
-stream.
+"""A worker's state besides its weights: inner optimizer states, control state, scaler, gradients, random stream.
 
-Owns these per worker and swaps them in and out around the worker's turn. Does not own parameters and buffers
-(``replicas.py``) nor the decision what happens to inner state at a synchronisation (``engine.py``). Imports nothing of
-Lightning.
+Swaps this state in and out around the worker's turn. Does not own parameters and buffers (``replicas.py``) nor the
+policy for inner state at a synchronisation (``policies.py``). Imports nothing of Lightning.
 
 "Control state" is everything in an optimizer's ``param_groups`` except the parameters: learning rates, the counters of
 schedule-free optimizers, values that an overridden ``optimizer_step`` writes; and the state of LR schedulers that the
-project steps itself. What is written there between turns (LR schedulers, callbacks) is meant for all workers; what is
-written during a turn belongs to that worker.
+project steps itself. Changes between turns (by LR schedulers, callbacks) are adopted by all workers; changes during a
+turn belong to the active worker.
 """
 
 import copy
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_diloco.comm.tensors import copied
 from lightning_diloco.state.randomness import RandomStream
 
 OptimizerState = dict[Any, Any]  # parameter → {name: tensor or Python value}, as in Optimizer.state
@@ -28,83 +27,77 @@ Control = list[dict[str, Any]]  # one dict per parameter group
 
 
 class ScalerOwner(Protocol):
-    """Whatever holds the gradient scaler in use (Lightning's mixed-precision plugin)."""
+    """An object with the gradient scaler in use as attribute (Lightning's mixed-precision plugin)."""
 
     scaler: Any
 
 
 def flatten_optimizers(optimizers: Sequence[Any]) -> list[Any]:
-    """The optimizers and those they hold as attributes (SAM's base optimizer), each once, outermost first."""
+    """The optimizers and the optimizers in their attributes (SAM's base optimizer), each once, outermost first."""
     found: list[Any] = []
     queue = list(optimizers)
     while queue:
         optimizer = queue.pop(0)
         if all(optimizer is not known for known in found):
             found.append(optimizer)
-            queue += [v for v in vars(optimizer).values() if isinstance(v, Optimizer)]
+            for value in vars(optimizer).values():
+                several = isinstance(value, (list, tuple, dict))
+                values = [value] if not several else value.values() if isinstance(value, dict) else value
+                queue += [v for v in values if isinstance(v, Optimizer)]
     return found
 
 
 def copy_state(state: OptimizerState) -> OptimizerState:
     """A copy that shares no tensor with ``state``; the keys stay the same parameter objects."""
-    cloned: OptimizerState = defaultdict(dict)
-    for key, values in state.items():
-        cloned[key] = (
-            {k: _copy_value(v) for k, v in values.items()} if isinstance(values, dict) else _copy_value(values)
-        )
-    return cloned
-
-
-def _copy_value(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return defaultdict(dict, {key: copied(values) for key, values in state.items()})
 
 
 _MUTABLE = (Tensor, list, dict, set)
 
 
 class Groups:
-    """The control state of an optimizer; what can be changed in place (tensors, lists) is copied."""
+    """Reads and writes an optimizer's control state; values that can change in place (tensors, lists) are copied."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
 
     def read(self) -> Control:
         return [
-            {k: _copy_value(v) if isinstance(v, _MUTABLE) else v for k, v in group.items() if k != "params"}
+            {k: copied(v) if isinstance(v, _MUTABLE) else v for k, v in group.items() if k != "params"}
             for group in self._optimizer.param_groups
         ]
 
     def write(self, control: Control) -> None:
         for group, values in zip(self._optimizer.param_groups, control, strict=True):
-            for key in group.keys() - values.keys() - {"params"}:  # what another worker's step() added
+            for key in group.keys() - values.keys() - {"params"}:  # entries that another worker's step() added
                 del group[key]
             group.update(values)
 
 
 class Schedule:
-    """The state of a scheduler that workers step themselves."""
+    """Reads and writes the state of a scheduler that workers step themselves."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
 
     def read(self) -> Control:
-        return [copy.deepcopy(self._scheduler.state_dict())]
+        return [copied(self._scheduler.state_dict())]
 
     def write(self, control: Control) -> None:
-        self._scheduler.load_state_dict(copy.deepcopy(control[0]))
+        self._scheduler.load_state_dict(copied(control[0]))
 
 
 class Worker:
-    """One worker's belongings besides its weights.
+    """A worker's state besides its weights.
 
     Args:
         index: global id.
-        optimizers: the live inner optimizers, flattened; their present state is what the worker starts from.
-        controls: what has control state: the optimizers' groups, and schedulers.
-        scaler_owner: holder of the gradient scaler, or None without one.
-        stream: the worker's random stream, or None to draw from the process's own.
-        original: take the live state and scaler objects themselves instead of copies (one worker per process does, so
-            that what gathered else sees between turns is an ordinary optimizer).
+        optimizers: the live inner optimizers, flattened; the worker starts from their present state.
+        controls: the optimizers' groups, and the schedulers that workers step themselves.
+        scaler_owner: holder of the gradient scaler, or None without a scaler.
+        stream: the worker's random stream, or None to draw from the process's generators.
+        original: use the live state and scaler objects instead of copies. The first worker of a process does, so that
+            callbacks see the optimizers' original objects between turns.
     """
 
     def __init__(
@@ -129,11 +122,11 @@ class Worker:
 
     @contextmanager
     def turn(self, parameters: Sequence[torch.nn.Parameter], keep_gradients: bool) -> Iterator[None]:
-        """The worker's belongings are live inside the block.
+        """The worker's state is active inside the block.
 
         Args:
-            parameters: the module's parameters, whose ``.grad`` is the worker's inside the block and None afterwards.
-            keep_gradients: whether the worker finds its gradients again at its next turn.
+            parameters: the module's parameters; ``.grad`` is the worker's inside the block and None afterwards.
+            keep_gradients: whether the worker gets its gradients back in its next turn.
         """
         self.activate()
         for p, gradient in self.gradients.items():
@@ -146,6 +139,7 @@ class Worker:
                 with self.stream.active():
                     yield
         finally:
+            # read back, since a step may have replaced the state (Optimizer.load_state_dict makes a new dict)
             self.states = [o.state for o in self._optimizers]
             self.control = [c.read() for c in self._controls]
             for p in parameters:
@@ -155,7 +149,7 @@ class Worker:
                     p.grad = None
 
     def follow(self, optimizers: Sequence[Any], controls: Sequence["Groups | Schedule"]) -> None:
-        """Other optimizers are live from now on; ``states`` and ``control`` are theirs already."""
+        """Makes other optimizers live; ``states`` and ``control`` belong to these optimizers already."""
         self._optimizers, self._controls = optimizers, controls
 
     def activate(self) -> None:
@@ -176,7 +170,7 @@ class Worker:
         for state in self.states:
             for values in state.values():
                 for k, v in values.items() if isinstance(values, dict) else ():
-                    if isinstance(v, Tensor) and v.numel() > 1:
+                    if isinstance(v, Tensor) and v.numel() > 1:  # torch wants step counters on the CPU
                         values[k] = v.to(device)
 
     def nbytes(self) -> tuple[int, int]:

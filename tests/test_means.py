@@ -1,0 +1,128 @@
+"""Is the mean exact where all tensors are equal, and taken in pieces of bounded size?"""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from observers import Track
+from torch import Tensor, nn
+
+from lightning_diloco import DilocoStrategy
+from lightning_diloco.comm import means
+from lightning_diloco.comm.channel import Channel
+from lightning_diloco.comm.means import Differences, mean_of
+from lightning_diloco.comm.tensors import flat
+from lightning_diloco.comm.world import World
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 8])
+def test_the_mean_of_identical_tensors_is_the_tensor(count, dtype):
+    """x_0 + (Σ_{i>0}(x_i − x_0))/N: exact when all are equal; a plain sum / N is not, for N = 3, 5, 6, 7."""
+    x = (torch.randn(1000, dtype=torch.complex64 if dtype.is_complex else torch.float64) * 100).to(dtype)
+    tensors = [x.clone() for _ in range(count)]
+    accumulated = torch.float32 if dtype.itemsize == 2 else dtype
+    for weights in (None, [1.0] * count, [0.1 * (i + 1) for i in range(count)], [0.0] * (count - 1) + [0.3]):
+        mean = mean_of(tensors, weights)
+        assert mean.dtype == accumulated
+        assert torch.equal(mean, x.to(accumulated))
+        assert mean.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in tensors}
+    assert all(torch.equal(t, x) for t in tensors)
+
+
+def test_the_mean_of_identical_infinities_is_the_infinity():
+    """Attention masks hold −inf, running extrema start at ±inf."""
+    x = torch.tensor([0.0, -torch.inf, torch.inf])
+    assert torch.equal(mean_of([x, x.clone(), x.clone()]), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_mean_of_whole_numbers(dtype):
+    """(1 + 4 + 7)/3 = 4; with the weights 1, 2, 1 (also as 3, 6, 3): (1 + 8 + 7)/4 = 4, with 1, 0, 2: 15/3 = 5."""
+    tensors = [torch.tensor([x, -x, 10 * x], dtype=dtype) for x in (1.0, 4.0, 7.0)]
+
+    def mean(weights: list[float] | None = None) -> list[float]:
+        return mean_of(tensors, weights).tolist()
+
+    assert mean() == mean([1, 1, 1]) == mean([0.5, 0.5, 0.5]) == [4, -4, 40]
+    assert mean([1, 2, 1]) == mean([3, 6, 3]) == [4, -4, 40]
+    assert mean([1, 0, 2]) == [5, -5, 50]
+    assert mean([0, 0, 1]) == [7, -7, 70]
+    assert mean([1, 0, 0]) == [1, -1, 10]
+
+
+def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
+    """All workers' pseudo-gradients at once would be N more models in memory."""
+
+    class Look:
+        def add(self, what, name, start, rows, mean):
+            seen.append((name, start, len(mean)))
+
+    def tensors(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"a": (5, 3), "few": (2,), "none": (0, 4), "scalar": ()}
+        real = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        return real | {"complex": torch.randn(2, 2, generator=generator, dtype=torch.complex128).T}
+
+    seen, reads, flattened = [], [], []
+    theta, held = tensors(9), {w: tensors(w) for w in range(3)}
+    names = list(theta)
+    over = Channel(World(3), lambda: 0)
+    over.observer = Look()
+    differences = {n: [theta[n] - held[w][n] for w in range(3)] for n in names}
+    pairs = [torch.view_as_real(d) for d in differences.pop("complex")]  # so that no layout divides complex numbers
+    whole = {n: mean_of(d, [1, 2, 3]) for n, d in differences.items()}
+    whole["complex"] = torch.view_as_complex(mean_of(pairs, [1, 2, 3]).contiguous())
+    monkeypatch.setattr(means, "CHUNK", 12)  # 4 elements of each worker
+    monkeypatch.delattr(Differences, "__getitem__")  # nobody asks for a whole one
+    monkeypatch.setattr(Differences, "__abstractmethods__", frozenset())
+    monkeypatch.setattr(means, "flat", lambda tensor: flattened.append(tensor) or flat(tensor))
+    mean = over.mean(names, lambda w: reads.append(w) or Differences(names, theta, held[w]), weights=[1, 2, 3])
+    assert reads == [0, 1, 2]  # each worker is asked once
+    assert len(flattened) == 2 * 3 * len(names)  # which copies tensors that are stored in another order
+    assert_same(mean, whole)
+    assert mean["complex"].shape == (2, 2)
+    assert seen[:5] == [("a", 0, 4), ("a", 4, 4), ("a", 8, 4), ("a", 12, 3), ("few", 0, 2)]
+    assert seen[5:] == [("scalar", 0, 1), ("complex", 0, 4), ("complex", 4, 4)]
+    assert over.ledger.total_bytes == 8 * (15 + 2 + 0 + 1 + 2 * 4)
+
+
+def test_half_types_are_accumulated_in_float32():
+    """1 and its neighbour in bfloat16, 1 + 2^-7: the mean of three lies between them, where bfloat16 has nothing."""
+    one, next_to_one = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1 + 2**-7], dtype=torch.bfloat16)
+    assert mean_of([one, one, next_to_one]).item() == pytest.approx(1 + 2**-7 / 3, abs=1e-7)
+
+
+class Constant(Net):
+    """Random numbers and a causal mask as buffers, and as frozen parameters."""
+
+    names = ("rotary", "mask", "frozen", "frozen_mask")
+
+    def __init__(self) -> None:
+        super().__init__()
+        mask = torch.full((3, 3), -torch.inf).triu(1)
+        self.register_buffer("rotary", torch.randn(100))
+        self.register_buffer("mask", mask)
+        self.frozen = nn.Parameter(torch.randn(100), requires_grad=False)
+        self.frozen_mask = nn.Parameter(mask.clone(), requires_grad=False)
+        self.validated: list[dict[str, Tensor]] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(copy_of(self.state_dict()))
+
+
+@pytest.mark.parametrize("eval_weights", ["average", "outer", "worker"])
+def test_what_all_workers_hold_alike_is_left_alone(eval_weights):
+    """Tensors bitwise equal on all workers are left alone (else frozen weights and rotary tables would drift)."""
+    track, module = Track(), Constant()
+    start = copy_of(module.state_dict())
+    strategy = DilocoStrategy(3, 2, eval_weights=eval_weights)
+    t = trainer(strategy, max_epochs=1, callbacks=[track], num_sanity_val_steps=0, val_check_interval=1)
+    t.fit(module, loader(regression_data(36)), loader(regression_data(4), shuffle=False))
+    assert len(track.theta) == len(module.validated) == 3
+    states = [*track.theta, *track.module, *itertools.chain(*track.workers), copy_of(module.state_dict())]
+    for state in [*states, *module.validated]:
+        for name in Constant.names:
+            assert torch.equal(state[name], start[name]), name
