@@ -1,7 +1,7 @@
 """Launchers of further processes on this machine, and the watch over a process's parent.
 
-Elsewhere: the run of a process (``process.py``), signals (``connectors.py``). Private because the launchers have
-no public names.
+Elsewhere: the run of a process (``process.py``), signals (``connectors.py``). Private because Lightning's launchers
+have no public names.
 """
 
 import importlib
