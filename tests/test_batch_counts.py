@@ -8,9 +8,12 @@ import lightning as L
 import pytest
 import torch
 from loaders import Lazy, N, Numbers, Weighted, batched, ddp, each_epoch, fit, flat, left_over, round_robin, warned
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
+
+from lightning_diloco._lightning.grouping import group_by_place
+from lightning_diloco._lightning.samplers import worker_sampler
+from lightning_diloco.comm.world import World
+from lightning_diloco.fit import ShardPlan
 
 
 def _closed_form(size: int, batch_size: int, drop_last: bool) -> int:
@@ -98,6 +101,14 @@ def test_without_distributed_sampler_a_ragged_round_is_dropped_even_if_the_lengt
     sampler = Lazy(9)  # 5 batches
     model = fit(DataLoader(Numbers(9), 2, sampler=sampler), use_distributed_sampler=False)
     assert model.seen == each_epoch(lambda e: round_robin(batched(sampler.drawn[e], 2)))
+
+
+def test_left_over_batches_are_counted_for_workers_not_for_processes():
+    plan = ShardPlan(World(2, size=4), seed=0, partition=None, use_distributed_sampler=False, overfit=False)
+    with warned("The last 3 batch(es) of an epoch don't suffice for 2 workers of 2 processes each and are dropped."):
+        worker_sampler(DataLoader(Numbers(7), 1), plan)
+    with warned("The last 1 batch(es) of an epoch don't suffice for 2 workers of 2 processes each and are dropped."):
+        assert len(list(group_by_place(iter(range(5)), plan, plan.workers))) == 1
 
 
 def test_without_distributed_sampler_and_without_batches():

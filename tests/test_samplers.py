@@ -256,8 +256,9 @@ def test_a_users_distributed_sampler_for_another_number_of_replicas_is_an_error(
     with pytest.raises(ValueError) as error:
         fit(DataLoader(Numbers(20), 4, sampler=DistributedSampler(Numbers(20), 2, 0)))
     assert str(error.value) == (
-        "The training loader has a DistributedSampler with `num_replicas` (=2), but there are 3 workers. Use"
-        " `num_replicas=3`, or leave the sampler out: every worker gets its shard by itself."
+        "The training loader has a DistributedSampler with `num_replicas` (=2), but the data is read in 3"
+        " shards (workers × processes per worker). Use `num_replicas=3`, or leave the sampler out: every worker gets"
+        " its shard by itself."
     )
 
 

@@ -17,7 +17,6 @@ TOO_FEW = (
     "An epoch of the training data has {number}, but there are {readers}, and each needs a batch of its own. Use fewer"
     " workers (`num_nodes`), a smaller `batch_size`, more data, or no `drop_last`."
 )
-LEFT_OVER = "The last {left} batch(es) of an epoch don't suffice for {workers} workers and are dropped."
 
 
 class WorkerBatches:
@@ -29,8 +28,17 @@ class WorkerBatches:
 
 def too_few(number: int, plan: ShardPlan, unit: str = "batch(es)") -> ValueError:
     """The error for an epoch in which some worker would have no batch."""
+    return ValueError(TOO_FEW.format(number=f"{number} {unit}", readers=_readers(plan.shards, plan)))
+
+
+def left_over(number: int, size: int, plan: ShardPlan) -> str:
+    """The warning for batches at the end of an epoch that make no group of ``size``."""
+    return f"The last {number} batch(es) of an epoch don't suffice for {_readers(size, plan)} and are dropped."
+
+
+def _readers(shards: int, plan: ShardPlan) -> str:
     team = f" of {plan.world.team} processes each" if plan.world.team > 1 else ""
-    return ValueError(TOO_FEW.format(number=f"{number} {unit}", readers=f"{plan.world.num_workers} workers{team}"))
+    return f"{shards // plan.world.team} workers{team}"
 
 
 def group_by_place(batches: Iterator[Any], plan: ShardPlan, workers: Sequence[int]) -> Iterator[WorkerBatches]:
@@ -49,7 +57,7 @@ def grouped(
     complete = False
     while group := list(islice(batches, size)):
         if len(group) < size and complete:
-            rank_zero_warn(LEFT_OVER.format(left=len(group), workers=size))
+            rank_zero_warn(left_over(len(group), size, plan))
             return
         if 1 < len(group) < size:
             raise too_few(len(group), plan)

@@ -116,9 +116,9 @@ class RankRounds:
     def __init__(self, sampler: DistributedSampler[Any], shards: int, batches: Any = None) -> None:
         if sampler.num_replicas != shards:
             raise ValueError(
-                f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but there"
-                f" are {shards} workers. Use `num_replicas={shards}`, or leave the sampler out: every worker"
-                " gets its shard by itself."
+                f"The training loader has a DistributedSampler with `num_replicas` (={sampler.num_replicas}), but the"
+                f" data is read in {shards} shards (workers × processes per worker). Use `num_replicas={shards}`, or"
+                " leave the sampler out: every worker gets its shard by itself."
             )
         self._samplers = [copy.copy(sampler) for _ in range(shards)]
         for rank, copied in enumerate(self._samplers):

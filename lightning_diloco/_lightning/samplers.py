@@ -13,7 +13,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
-from lightning_diloco._lightning.grouping import LEFT_OVER
+from lightning_diloco._lightning.grouping import left_over
 from lightning_diloco._lightning.rounds import PartitionRounds, RankRounds, Rounds, ShardedRounds, checked_partition
 from lightning_diloco.fit import ShardPlan
 from lightning_diloco.state.randomness import derive_seed
@@ -114,7 +114,7 @@ def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
         whole: Any = sampler if batches is None else batches
         left = 0 if sized_len(whole) is None else len(whole) % n
         if left and len(whole) > n:
-            rank_zero_warn(LEFT_OVER.format(left=left, workers=n))
+            rank_zero_warn(left_over(left, n, plan))
         rounds = ShardedRounds(whole, n, stream, wrap=False, single=True)
         return WorkerSampler(rounds, plan.shards_here, None, False)
     if not plain:
