@@ -83,7 +83,14 @@ class DilocoCallback(Callback):
         """Called after every outer step, with the new θ in the live module. Override this method to act on reports."""
 
     def report(self, trainer: Trainer, pl_module: LightningModule, report: OuterStepReport, logging_step: int) -> None:
-        """Logs ``report`` and calls :meth:`on_outer_step`; the strategy calls this."""
+        """Logs ``report`` and calls :meth:`on_outer_step`; ``Fit.deliver`` calls this.
+
+        Args:
+            trainer: the Trainer that fits.
+            pl_module: the live module, which holds the new θ.
+            report: the outer step.
+            logging_step: the step at which Lightning logs the batch that ended the round.
+        """
         self._sent_bytes += report.payload_bytes
         drift = sum(report.drift) / len(report.drift)
         values: list[float | None] = [

@@ -1,7 +1,7 @@
 """The life of a fit: its engine, the checkpoint that it resumes, its shards of the data, its reports.
 
-Owns everything that begins with ``Trainer.fit`` and ends with it. Lightning's loops (``_lightning/loops.py``) call this
-object and never the strategy. Does not own a step (``engine/engine.py``).
+Owns everything that begins with ``Trainer.fit`` and ends with it. Our loops (``_lightning/loops.py``) call this object,
+and the strategy only through Lightning's hooks. Does not own a step (``engine/engine.py``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,7 +158,10 @@ class Fit:
         return self.settings.final_sync and state is not None and state["local_steps"] > state["round_start"]
 
     def end_trial(self) -> None:
-        """Tuners are done, and the fit proper begins."""
+        """Tuners are done, and the fit proper begins: Lightning's barrier at that place calls this.
+
+        The barrier is in ``_lightning/collectives.py``; no hook of Lightning's comes at the same place.
+        """
         self.in_trial = False
         self._drop_engine()
 

@@ -236,7 +236,12 @@ class DilocoStrategy(FitStrategy):
             yield
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes held, by purpose; see :meth:`Engine.memory_report`."""
+        """Bytes that this process holds, by purpose; "workers" is the number of workers hosted here.
+
+        "parameters_per_worker", "buffers_per_worker", "inner_state_per_worker" and "gradients_per_worker" (0 unless
+        gradients are kept between a worker's turns); "outer_model" (θ and its buffers), "outer_state" (of the outer
+        optimizer), "module" (the live module between turns), and "total".
+        """
         return self._engine.memory_report()
 
     def _checked_worker(self, worker: int) -> int:

@@ -38,6 +38,10 @@ class CollectiveStrategy(ProcessStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean", what: str = "", **_: Any) -> Any:
+        """The mean (or ``reduce_op``) of a tensor over the processes of ``group``; other values come back unchanged.
+
+        ``what`` completes "a reduction …" in the error of processes that are in different collectives.
+        """
         if self._world.size == 1 or self._alone or not isinstance(tensor, Tensor):
             return tensor
         self._world.gather_all(f"a reduction {what or '(sync_dist=True does one)'}")

@@ -1,4 +1,4 @@
-"""Which samples each worker reads of the user's training loader.
+"""The division of the user's training loader into shards, by kind of loader.
 
 ==============================================  ================================================================
 the user's training loader                      worker i of N reads

@@ -12,7 +12,7 @@ measure every Δ_i, leave out non-finite ones   ``ctx.begin_round``             
 bytes into the ledger, statistics              (on the way)                      ``algorithms/report.py``
 θ ← OuterOpt(θ, Δ)                             ``ctx.outer.step``                ``state/outer.py``
 θ_i ← θ for every worker                       ``ctx.restart``                   ``algorithms/context.py``
-buffers, frozen parameters, inner state        ``ctx.end_round``                 ``state/policies.py``
+frozen parameters, buffers, inner state        ``ctx.end_round``                 ``state/policies.py``
 θ into the live module                         the engine                        ``state/live_module.py``
 the report to callbacks and loggers            the fit                           ``callback.py``
 =============================================  ==========================================================

@@ -48,7 +48,7 @@ class SyncContext:
     Attributes:
         replicas: the workers' states: ``replicas.tensors(i)`` is θ_i, ``replicas.slot(i, name)`` the algorithm's own.
         outer: θ and the outer optimizer.
-        comm: means and exchanges, recorded in ``ledger``.
+        channel: means and exchanges, recorded in ``ledger``.
         inner: the inner optimizers, and per worker its state, gradients and random stream.
         interval: H.
         num_workers: N.

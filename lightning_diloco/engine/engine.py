@@ -4,22 +4,25 @@ Owns the turns of the workers, the count of local steps, and the end of training
 
 A turn of worker i, in order:
 
-==============================================  =========================================
-outside changes of weights and optimizers       ``state/live_module.py``, ``optimizers.py``
+==============================================  ==================================================
+outside changes of weights and optimizers       ``state/live_module.py``, ``state/optimizers.py``
 θ_i and the worker's buffers become active      ``state/replicas.py`` (``Layout.activate``)
+what an error inside the turn sets back         ``engine/progress.py`` (``BatchProgress.turn``)
 inner optimizer states, groups, scaler          ``state/worker.py`` (``Worker.activate``)
 gradients that the worker has accumulated       ``state/worker.py`` (``Worker.turn``)
 the worker's random stream                      ``state/randomness.py``
 ``training_step``, backward, optimizer step     Lightning, in the Trainer's loop
-random stream, gradients, states kept           ``state/worker.py``
+random stream, inner states, gradients kept     ``state/worker.py``
 replaced ``.data`` copied into the replica      ``state/replicas.py`` (``Layout.collect``)
 was the step done by a known optimizer?         ``state/guard.py``
 the module's tensors become active again        ``state/live_module.py`` (``deactivate``)
-==============================================  =========================================
+the optimizers hold the first worker's state    ``state/optimizers.py`` (``activate_first``)
+==============================================  ==================================================
 
 The engine runs without a Trainer::
 
-    engine = Engine(module, [optimizer], num_workers=4, interval=10, algorithm=Diloco(), outer_factory=outer_sgd)
+    sgd = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+    engine = Engine(module, [optimizer], num_workers=4, interval=10, algorithm=Diloco(), outer_factory=sgd)
     for batches in data:                          # one batch per worker
         for w in engine.local_workers:
             with engine.turn(w):                  # worker w is active in the module and the optimizer
@@ -463,7 +466,7 @@ class Engine:
         return self._replicas.tensors(worker)
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes held, by purpose. ``gradients_per_worker`` is 0 unless gradients are kept between a worker's turns."""
+        """See :meth:`lightning_diloco.DilocoStrategy.memory_report`."""
         parameters, buffers = self._replicas.states[self.local_workers[0]].nbytes()
         inner, gradients = self._inner.first.nbytes()
         workers, outer_state = len(self.local_workers), self._outer.state_bytes()

@@ -184,7 +184,7 @@ def _shown(value: Any) -> str:
 
 
 def _missing(state: Packed) -> Iterator[str]:
-    """Names of the keys that are missing, at every level that :func:`apply` reads."""
+    """Names of the keys that are missing, at every level that ``checkpoint.apply`` reads."""
     levels: list[tuple[str, Any, Any]] = [
         ("", state, RunState),
         ("torn", state.get("torn"), TornState),

@@ -1,4 +1,4 @@
-"""Random streams: the run's seed, and a stream of torch's generators for each worker.
+"""Random streams: the run's seed, and independent streams of torch's generators.
 
 Owns the derivation of independent seeds from the run's seed, and :class:`RandomStream`, a state of torch's generators
 that is swapped in for a block. Does not touch Python's and NumPy's generators, nor randomness inside a dataset.
@@ -41,11 +41,13 @@ def set_process_state(state: Mapping[str, torch.Tensor | None]) -> None:
 
 
 class RandomStream:
-    """A worker's state of torch's global generators: CPU, and ``device`` if that is a CUDA device.
+    """A state of torch's global generators (CPU, and ``device`` if that is a CUDA device), for a worker or another use.
+
+    Workers' turns, validations, samplers and loaders draw from streams, so that none shifts the numbers of another.
 
     Args:
         seed: seed of the stream's generators.
-        device: the worker's device.
+        device: the device whose generator is swapped too; None: the CPU's generator only.
     """
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:
