@@ -158,10 +158,7 @@ class Fit:
         return self.settings.final_sync and state is not None and state["local_steps"] > state["round_start"]
 
     def end_trial(self) -> None:
-        """Tuners are done, and the fit proper begins: Lightning's barrier at that place calls this.
-
-        The barrier is in ``_lightning/collectives.py``; no hook of Lightning's comes at the same place.
-        """
+        """Tuners are done, and the fit proper begins; ``barrier`` in ``_lightning/collectives.py`` calls this."""
         self.in_trial = False
         self._drop_engine()
 

@@ -127,7 +127,7 @@ class DilocoStrategy(FitStrategy):
         start_method: StartMethod | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        before = set(vars(self))  # a subclass may have begun
+        set_by_subclass = set(vars(self))  # before it calls this constructor
         num_nodes = check_count("num_nodes", num_nodes, "simulated workers")
         diloco_interval = check_count("diloco_interval", diloco_interval, "local steps between outer steps")
         check_choice("eval_weights", eval_weights, EvalWeights)
@@ -172,7 +172,8 @@ class DilocoStrategy(FitStrategy):
             start_method=start_method,
         )
         self._arguments = arguments
-        self._names = set(vars(self)) - before
+        # copies are made by this constructor, and carry the remaining attributes: those of a subclass
+        self._strategy_attributes = {*vars(self), "_strategy_attributes"} - set_by_subclass
         _warn_of_another_trainer()
 
     @property
@@ -280,8 +281,8 @@ class DilocoStrategy(FitStrategy):
         """The settings only: a copy is a fresh strategy, and can be made at any time."""
         if self._is_being_spawned:
             return dict(super().__getstate__())
-        further = {k: v for k, v in vars(self).items() if k not in self._names and k != "_names"}
-        subclass = {k: v for k, v in further.items() if not hasattr(DilocoStrategy, k)}
+        known = self._strategy_attributes
+        subclass = {k: v for k, v in vars(self).items() if k not in known and not hasattr(DilocoStrategy, k)}
         return {"arguments": self._arguments, "subclass": subclass}
 
     @override

@@ -127,7 +127,7 @@ def test_publish_decides_what_others_see() -> None:
             return {n: -t for n, t in self.ctx.outer.tensors.items()}
 
     strategy, module = run(Negative())
-    for name, theta in strategy._engine.outer_tensors.items():
+    for name, theta in strategy._engine.context.outer.tensors.items():
         assert torch.equal(dict(module.named_parameters())[name], -theta)
 
 
@@ -182,10 +182,10 @@ def test_alpha_mixes_and_is_checked() -> None:
     )
     target = {"weight": torch.zeros(1, 1, dtype=torch.float64)}
     engine.context.restart([1], ["weight"], target, alpha=0.25)
-    assert [engine.replica(w)["weight"].item() for w in range(2)] == [4.0, 1.0]
+    assert [engine.context.replicas.tensors(w)["weight"].item() for w in range(2)] == [4.0, 1.0]
     engine.context.restart([1], ["weight"], {"weight": torch.full((1, 1), float("nan"))}, alpha=0.0)
     engine.context.restart([1], ["weight"], target)
-    assert engine.replica(1)["weight"].item() == 0.0
+    assert engine.context.replicas.tensors(1)["weight"].item() == 0.0
     with pytest.raises(ValueError, match=r"^`alpha` \(=1.5\) must lie between 0"):
         engine.context.restart([1], ["weight"], target, alpha=1.5)
 

@@ -160,7 +160,7 @@ def mean_evaluation_weights(strategy: DilocoStrategy) -> dict[str, torch.Tensor]
         (group,) = worker.control[0]
         beta = group["betas"][0] if "betas" in group else group["momentum"]
         for p, state in worker.states[0].items():
-            y = strategy._engine.replica(w)[names[id(p)]]
+            y = strategy._engine.context.replicas.tensors(w)[names[id(p)]]
             weights.setdefault(names[id(p)], []).append(y + (1 - 1 / beta) * (state["z"] - y))
     return {n: torch.stack(xs).mean(0) for n, xs in weights.items()}
 

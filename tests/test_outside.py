@@ -239,7 +239,7 @@ def test_what_an_algorithm_publishes_is_not_taken_for_theta() -> None:
         L.seed_everything(1, verbose=False)
         strategy = DilocoStrategy(num_nodes=2, diloco_interval=3, algorithm=algorithm)
         trainer(strategy, max_epochs=3).fit(Net(), loader(), loader(shuffle=False))
-        return strategy._engine.outer_tensors
+        return strategy._engine.context.outer.tensors
 
     theta, published = run(Diloco()), run(Negative())
     for name, tensor in theta.items():

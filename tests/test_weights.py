@@ -163,10 +163,9 @@ def test_after_a_fit_everything_is_the_users_again() -> None:
     assert all(p is tensors[n] for n, p in module.named_parameters())
     assert all(b is buffers[n] for n, b in module.named_buffers())
     assert {k for k in vars(module) if not k.startswith("_hparams")} == keys  # those are Lightning's
-    engine = t.strategy._engine
-    foreign = {s.untyped_storage().data_ptr() for w in range(3) for s in engine.replica(w).values()} | {
-        s.untyped_storage().data_ptr() for s in engine.outer_tensors.values()
-    }
+    ctx = t.strategy._engine.context
+    states = [ctx.outer.tensors, *(ctx.replicas.tensors(w) for w in range(3))]
+    foreign = {tensor.untyped_storage().data_ptr() for state in states for tensor in state.values()}
     assert not foreign & {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
     assert t.global_step == t.strategy.local_steps == 6
 
@@ -350,7 +349,7 @@ def test_parameters_of_any_dtype_and_layout() -> None:
     strides = {n: p.stride() for n, p in module.named_parameters()}
     start = copy_of(module.state_dict())
     trainer(strategy, max_steps=5).fit(module, loader())
-    for name, replica in strategy._engine.replica(1).items():
+    for name, replica in strategy._engine.context.replicas.tensors(1).items():
         assert replica.stride() == strides[name]
         assert replica.dtype == start[name].dtype
         assert replica.data_ptr() % 64 == 0

@@ -83,7 +83,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
         loader.set_epoch(epoch)
 
 
-def show_first_workers(combined: CombinedLoader) -> None:
+def expose_first_worker(combined: CombinedLoader) -> None:
     """Makes ``trainer.train_dataloader`` the first worker's batches; ``flattened``, which training reads, stays."""
     if is_sharded(combined):
         # new objects: a loader that referred to its view would keep its processes after a reload

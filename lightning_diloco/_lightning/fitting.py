@@ -37,8 +37,6 @@ class FitStrategy(TeamStrategy):
         **processes: as in :class:`~lightning_diloco._lightning.process.ProcessStrategy`.
     """
 
-    strategy_name = "diloco"
-
     def __init__(self, settings: RunSettings, reduction: Reduction, **processes: Any) -> None:
         super().__init__(settings.num_workers, **processes)
         self._settings = settings

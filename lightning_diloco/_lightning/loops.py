@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import DilocoSignalConnector
-from lightning_diloco._lightning.data import is_sharded, set_epoch, show_first_workers, split_batch
+from lightning_diloco._lightning.data import expose_first_worker, is_sharded, set_epoch, split_batch
 from lightning_diloco._lightning.hooks import looks_at_gradients
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
@@ -50,7 +50,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         with fit.sharding(uses_distributed_sampler(trainer), overfits(trainer)):
             super().setup_data()
         if self._combined_loader is not None and self._combined_loader.flattened is not before:
-            show_first_workers(self._combined_loader)
+            expose_first_worker(self._combined_loader)
         if isinstance(self._data_fetcher, _DataLoaderIterDataFetcher) and fit.shards_data:
             raise MisconfigurationException(
                 "`training_step(self, dataloader_iter)` fetches batches by itself, so DilocoStrategy can't give them"

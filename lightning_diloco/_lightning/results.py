@@ -67,12 +67,12 @@ class WorkerResults(Reclassed, _ResultCollection):
             yield
         finally:
             if several and worker == self._world.workers[0]:
-                self._dicts_after = [dict(shown) for shown in self._shown]
+                self._dicts_after = [dict(metrics) for metrics in self._metric_dicts]
             self._worker = None
             self.batch, self.batch_size = outside
 
     @property
-    def _shown(self) -> list[dict[str, Any]]:
+    def _metric_dicts(self) -> list[dict[str, Any]]:
         """Lightning's dicts of metrics, which grow whenever the Trainer's properties are read."""
         connector = self._connector
         return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
@@ -80,10 +80,10 @@ class WorkerResults(Reclassed, _ResultCollection):
     def _hide_other_workers(self, worker: int) -> None:
         if self._before is None:
             self._before = {key: metric._forward_cache for key, metric in self.items()}
-            self._dicts_before = self._dicts_after = [dict(shown) for shown in self._shown]
+            self._dicts_before = self._dicts_after = [dict(metrics) for metrics in self._metric_dicts]
         for key, metric in self.items():
             metric._forward_cache = self._step_values.get(key, {}).get(worker, self._before.get(key))
-        _refill(self._shown, self._dicts_before)
+        _refill(self._metric_dicts, self._dicts_before)
 
     @override
     def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -133,7 +133,7 @@ class WorkerResults(Reclassed, _ResultCollection):
         self._step_values = {}
         if self._before is not None:
             self._before = None
-            _refill(self._shown, self._dicts_after)
+            _refill(self._metric_dicts, self._dicts_after)
 
     def worker_values(self, on_step: bool) -> Mapping[str, float]:
         """``key/worker_i`` → value, for all workers and all keys meant for loggers."""

@@ -71,7 +71,7 @@ class SyncContext:
     _round: _Round | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.shared = PolicyApplication(self.policies, self.replicas, self.outer, self.channel, self.inner)
+        self.policy_application = PolicyApplication(self.policies, self.replicas, self.outer, self.channel, self.inner)
 
     @property
     def ledger(self) -> Ledger:
@@ -102,7 +102,7 @@ class SyncContext:
         """Whether the present round has had its H local steps (or, H having changed on resume, a multiple of them)."""
         return (step - self.round_start) % self.interval == 0
 
-    def at_rest(self) -> bool:
+    def workers_equal_outer_model(self) -> bool:
         """Whether every worker's trainable parameters are θ's, bit for bit: there is nothing to synchronise."""
         theta = self.outer.tensors
         here = all(bitwise_equal(self.replicas.tensors(w)[n], theta[n]) for w in self.local_workers for n in self.names)
@@ -202,11 +202,12 @@ class SyncContext:
         assert done is not None, "end_round() without begin_round()"
         self.channel.observer = None
         where = f"the end of the synchronisation after {self.local_steps} local steps"
-        gathered = self.channel.world.gather_all(where, (self.shared.survey_here(), done.statistics.parts()))
-        held = joined([survey for survey, _ in gathered])
-        self.shared.synchronise_frozen(done.participants, held)
-        self.shared.synchronise_buffers(done.participants, held)
-        self.shared.synchronise_inner_state(done.participants, done.dropped)
+        application = self.policy_application
+        gathered = self.channel.world.gather_all(where, (application.survey_here(), done.statistics.parts()))
+        survey = joined([of_process for of_process, _ in gathered])
+        application.synchronise_frozen(done.participants, survey)
+        application.synchronise_buffers(done.participants, survey)
+        application.synchronise_inner_state(done.participants, done.dropped)
         self.round_start = self.local_steps
         self.outer_steps += 1
         self._round = None

@@ -132,7 +132,7 @@ class Channel:
             like = next(iter(tensors.values())) if tensors else read(self.world.workers[0])
         shapes = {n: shape_of(like, n) for n in names}
         result = {n: room_for(shapes[n]) for n in names}
-        readers = {w: _LatestReader(own) for w, own in tensors.items()}
+        readers = {w: _LatestReader(of_worker) for w, of_worker in tensors.items()}
         here = len(self.world.workers) if self.world.size > 1 else len(workers)
         for segments in chunks(names, shapes, means.CHUNK // here or 1):
             rows = {w: _row(read_piece, segments) for w, read_piece in readers.items()}

@@ -61,15 +61,15 @@ def digest(tensor: Tensor, reference: Tensor | None) -> bytes:
     """A hash of the tensor's bits; empty if they equal the reference's."""
     if reference is not None and bitwise_equal(tensor, reference):
         return b""
-    bits = bytes_of(tensor.detach().cpu().contiguous()).numpy()
-    return hashlib.blake2b(bits.tobytes(), digest_size=16).digest()
+    data = bytes_of(tensor.detach().cpu().contiguous()).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> int:
     """A number that almost surely differs between tensors that differ in a bit."""
     total = 0
     for n, t in tensors.items():
-        bits = bytes_of(t.detach().contiguous())
-        whole = bits[: len(bits) // 4 * 4].view(torch.int32)
-        total = (total * 31 + int(whole.sum(dtype=torch.int64)) + int(bits[len(whole) * 4 :].sum()) + len(n)) % 2**63
+        data = bytes_of(t.detach().contiguous())
+        whole = data[: len(data) // 4 * 4].view(torch.int32)
+        total = (total * 31 + int(whole.sum(dtype=torch.int64)) + int(data[len(whole) * 4 :].sum()) + len(n)) % 2**63
     return total

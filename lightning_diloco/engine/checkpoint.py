@@ -124,14 +124,14 @@ def _pack_workers(
         return packed
     world.gather_all(f"a checkpoint after {context.local_steps} local steps")
     if world.member > 0:
-        packed = {w: {key: own[key] for key in MemberState.__required_keys__} for w, own in packed.items()}
+        packed = {w: {key: worker[key] for key in MemberState.__required_keys__} for w, worker in packed.items()}
     workers: dict[int, Packed] = {}
-    for theirs in world.gather_to_first(_copied(packed, torch.device("cpu"))):
-        for w, own in theirs.items():
+    for of_process in world.gather_to_first(_copied(packed, torch.device("cpu"))):
+        for w, worker in of_process.items():
             if w in workers:
-                workers[w].setdefault("team", []).append(own)
+                workers[w].setdefault("team", []).append(worker)
             else:
-                workers[w] = own
+                workers[w] = worker
     return workers
 
 
@@ -221,14 +221,14 @@ def _parameters_of(optimizer: Any) -> list[Any]:
 
 
 def _pack_buffers(layout: Layout, state: ModelState) -> dict[str, dict[str, Tensor | None]]:
-    return {name: _copied(own) for name, own in zip(layout.module_names, state.buffers, strict=True) if own}
+    return {name: _copied(buffers) for name, buffers in zip(layout.module_names, state.buffers, strict=True) if buffers}
 
 
 def _unpack_buffers(layout: Layout, state: ModelState, saved: Mapping[str, Mapping[str, Tensor | None]]) -> None:
-    for name, own in zip(layout.module_names, state.buffers, strict=True):
+    for name, buffers in zip(layout.module_names, state.buffers, strict=True):
         for k, b in saved.get(name, {}).items():
-            present = own.get(k)
-            put_buffer(own, k, b if b is None or present is None else b.to(present.device))
+            present = buffers.get(k)
+            put_buffer(buffers, k, b if b is None or present is None else b.to(present.device))
 
 
 def _pack_ledger(ledger: Ledger) -> Packed:

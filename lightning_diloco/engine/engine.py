@@ -35,12 +35,12 @@ The engine runs without a Trainer::
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_diloco.algorithms.base import SyncAlgorithm, is_plain_run
@@ -116,8 +116,8 @@ class Engine:
         refuse_unswappable(module)
         layout = Layout(module, self.policies.share_frozen)
         self._seed = seed
-        held = [*(layout.parameters[n] for n in layout.trainable), *module.parameters(), *module.buffers()]
-        self._device = self.world.device = held[0].device if held else torch.device("cpu")
+        tensors = [*(layout.parameters[n] for n in layout.trainable), *module.parameters(), *module.buffers()]
+        self._device = self.world.device = tensors[0].device if tensors else torch.device("cpu")
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.module_state, outer_factory)
         if not is_plain_run(num_workers, algorithm, self._outer.optimizer):
@@ -129,8 +129,8 @@ class Engine:
         if not solo:
             refuse_foreign_tensors(module, optimizers)
             refuse_overlaps(layout)
-        own_streams = dict.fromkeys(streams) if solo else streams
-        self._inner = InnerOptimizers(optimizers, scaler_owner, own_streams, schedulers, initial)
+        worker_streams = dict.fromkeys(streams) if solo else streams
+        self._inner = InnerOptimizers(optimizers, scaler_owner, worker_streams, schedulers, initial)
         self.context = SyncContext(
             replicas=self._replicas,
             outer=self._outer,
@@ -154,70 +154,9 @@ class Engine:
         self._hooks = [register_optimizer_step_post_hook(lambda o, *_: (after_step() or _nothing)(o))]
         self._watch_groups()
         algorithm.setup(self.context)
-        self._set_plain()
+        self._update_plain_run()
 
-    # ---------------------------------------------------------------------------------------- a local step
-
-    @property
-    def is_plain_run(self) -> bool:
-        """N = 1 with a plain average as outer step: nothing is swapped."""
-        return self._live_module.is_plain_run
-
-    def pack(self, seed: int) -> dict[str, Any]:
-        """The state of the run, for a checkpoint; see :mod:`lightning_diloco.engine.checkpoint`.
-
-        Raises:
-            RuntimeError: inside a worker's turn, where the workers are not at the same step.
-        """
-        if self.current_worker is not None:
-            raise RuntimeError(
-                f"A checkpoint can't be saved inside worker {self.current_worker}'s turn, in which the workers are"
-                " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
-            )
-        if not self.views.open and not self.finished:
-            self._inner.adopt_outside_changes()
-        random = self.views.outside_random or process_state()
-        state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
-        state["torn"] = self.progress.state_dict(self.local_steps, self.local_workers)
-        return state
-
-    @property
-    def finished(self) -> bool:
-        """Whether training is over."""
-        return self.views.closed
-
-    def _with_pending(self, state: ModelState) -> ModelState:
-        """``state`` with the outside changes since the last turn."""
-        return state if self.views.open or self.finished else self._live_module.pending(state)
-
-    @contextmanager
-    def first_workers_state(self) -> Iterator[None]:
-        """Inside, the optimizers hold the first worker's state, also during a validation."""
-        with self._inner.first_activated():
-            yield
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Continues from a state that :meth:`pack` made; before the first step.
-
-        Raises:
-            ValueError: the state was saved in the middle of a step that can't be finished.
-        """
-        if state["torn"]["workers"] and self.algorithm.needs_gradients:
-            raise ValueError(
-                f"The checkpoint was saved when local step {state['local_steps'] + 1} had been interrupted, and"
-                f" {type(self.algorithm).__name__} needs the gradients of all workers to finish that step. Resume from"
-                " the last file before it."
-            )
-        self._live_module.set_plain(False)
-        checkpoint.apply(state, self.context, self.algorithm)
-        self.progress.load_state_dict(state["torn"])
-        self._inner.activate_first()
-        self._live_module.publish(self.algorithm.publish())
-        self._set_plain()
-
-    def restart_optimizers(self) -> None:
-        """Every worker starts from the inner optimizers' present state; before the first step only."""
-        self._inner.start_from_live()
+    # ---------------------------------------------------------------------------------------- turns and steps
 
     @contextmanager
     def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
@@ -246,7 +185,7 @@ class Engine:
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
         self._live_module.adopt_outside_changes()
         self._inner.adopt_outside_changes()
-        layout, state, belongings = self._replicas.layout, self._replicas.states[worker], self._inner.workers[worker]
+        layout, state, worker_state = self._replicas.layout, self._replicas.states[worker], self._inner.workers[worker]
         several = len(self.local_workers) > 1
         layout.activate(state)
         layout.begin_turn()
@@ -255,8 +194,8 @@ class Engine:
             self._attributes.begin_turn(self._inner.live)
         try:
             with (
-                self.progress.turn(worker, belongings, state),
-                belongings.turn(layout.everything if self.num_workers > 1 else [], keep_gradients),
+                self.progress.turn(worker, worker_state, state),
+                worker_state.turn(layout.everything if self.num_workers > 1 else [], keep_gradients),
             ):
                 yield
             if layout.replaced():
@@ -298,6 +237,129 @@ class Engine:
         elif self.current_worker is not None and self.num_workers > 1:
             self._guard.foreign_step(optimizer, self._replicas.layout, (self.current_worker, self.local_steps))
 
+    def before_inner_steps(self) -> None:
+        """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
+        with torch.no_grad():
+            self.algorithm.before_inner_step(self.local_steps + 1)
+
+    def end_step(self) -> Sequence[OuterStepReport]:
+        """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
+        waiting = {p for worker in self._inner.workers.values() for p in worker.gradients}
+        self._guard.end_batch(self._replicas.layout, waiting)
+        if not self.progress.stepped:
+            self.progress.forget()
+            return []
+        self.context.local_steps += 1
+        self._live_module.note_steps()
+        try:
+            reports = self._publish_after(self._synchronise())
+        except BaseException:
+            self.progress.in_outer_step = self.context.in_round  # else nothing was written yet
+            self.context.local_steps -= 1
+            raise
+        self.progress.moved_late = False
+        self.progress.forget()
+        return reports
+
+    def _synchronise(self) -> Sequence[OuterStepReport]:
+        self.broadcast_buffers_in_team()
+        if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
+            self._inner.check_averageable(self.policies.inner_state)
+        if self.is_plain_run:
+            self._live_module.follow()
+        self._inner.adopt_outside_changes()
+        reports = self.algorithm.after_inner_step(self.local_steps)
+        if not reports and self.context.due(self.local_steps):  # the algorithm has not synchronised the processes
+            self.world.gather_signals(f"the end of a round after {self.local_steps} local steps")
+        return reports
+
+    def _publish_after(self, reports: Sequence[OuterStepReport]) -> Sequence[OuterStepReport]:
+        if reports:
+            self._inner.activate_first()
+            self._update_plain_run()
+            self._live_module.publish(self.algorithm.publish())
+        return reports
+
+    def _update_plain_run(self) -> None:
+        """The outer optimizer decides anew after each synchronisation: its learning rate may have a schedule."""
+        plain = is_plain_run(self.num_workers, self.algorithm, self._outer.optimizer)
+        self._live_module.set_plain_run(plain)
+
+    def broadcast_buffers_in_team(self) -> None:
+        """The buffers of a worker's first process become those of its whole team, as under DDP."""
+        if self.world.team > 1:
+            for w in self.local_workers:
+                self.world.broadcast_in_team([b for _, b in self._replicas.states[w].named_buffers()])
+
+    def end_epoch(self) -> None:
+        """After an epoch's last batch."""
+        self._guard.end_epoch(self._replicas.layout)
+        self._live_module.search()
+
+    def adopt_outside_changes(self) -> None:
+        """Adopts outside changes of the module, also where writing left no trace."""
+        self._live_module.search()
+        self._live_module.adopt_outside_changes()
+
+    def expect_outside_changes(self) -> None:
+        """The next comparison finds outside changes that left no trace, too."""
+        self._live_module.search()
+
+    # ---------------------------------------------------------------------------------------- the end
+
+    def flush(self) -> Sequence[OuterStepReport]:
+        """A last synchronisation on a partial round; nothing if no step, or no change, is pending.
+
+        If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
+        synchronised all the same.
+        """
+        self._live_module.search()
+        self._live_module.adopt_outside_changes()
+        complete = self.local_steps == self.context.round_start and not self.progress.moved_late
+        if complete or self.context.workers_equal_outer_model():
+            self.context.policy_application.synchronise_buffers()
+            self._live_module.publish(self.algorithm.publish())
+            return []
+        self._inner.adopt_outside_changes()
+        return self._publish_after(self.algorithm.flush(self.local_steps))
+
+    def finish(self) -> None:
+        """Training is over: from here on the module holds θ, and outside changes are not adopted."""
+        was_plain, complete = self.is_plain_run, self.local_steps == self.context.round_start
+        self._live_module.set_plain_run(False)
+        if was_plain and complete:
+            self.adopt_outside_changes()  # the only worker is θ, with what hooks wrote after the last round
+        else:
+            self._live_module.publish(self.algorithm.publish())
+        self.views.closed = True
+
+    def close(self) -> None:
+        """However the fit ended: the module is left with its own tensors, the optimizers with worker 0's state."""
+        self._live_module.set_plain_run(False)
+        self._inner.adopt_outside_changes()
+        self._inner.activate_first()
+        self.views.closed = True
+        self._guard.close()
+        for hook in self._hooks:
+            hook.remove()
+        for worker in self._inner.workers.values():
+            worker.gradients = {}
+
+    def to(self, device: torch.device) -> None:
+        """Moves the states of the workers and θ, for after the fit."""
+        if device != self._device:
+            self._device = device
+            self._replicas.to(device)
+            self._outer.to(device)
+            for worker in self._inner.workers.values():
+                worker.to(device)
+
+    # ---------------------------------------------------------------------------------------- optimizers
+
+    def restart_optimizers(self) -> None:
+        """Every worker starts from the inner optimizers' present state; before the first step only."""
+        self._inner.start_from_live()
+
     def use_optimizers(self, optimizers: Sequence[Any], schedulers: Sequence[Any] = ()) -> None:
         """Follows optimizers that were replaced between turns: every worker gets a copy of a new optimizer's state.
 
@@ -327,122 +389,66 @@ class Engine:
         if self.policies.inner_state != "keep":
             self._hooks += self._inner.watch_groups()
 
-    def before_inner_steps(self) -> None:
-        """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
-        with torch.no_grad():
-            self.algorithm.before_inner_step(self.local_steps + 1)
+    # ---------------------------------------------------------------------------------------- checkpoints
 
-    def end_step(self) -> Sequence[OuterStepReport]:
-        """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
-        waiting = {p for worker in self._inner.workers.values() for p in worker.gradients}
-        self._guard.end_batch(self._replicas.layout, waiting)
-        if not self.progress.stepped:
-            self.progress.forget()
-            return []
-        self.context.local_steps += 1
-        self._live_module.note_steps()
-        try:
-            reports = self._exchanged(self._synchronise())
-        except BaseException:
-            self.progress.in_outer_step = self.context.in_round  # else nothing was written yet
-            self.context.local_steps -= 1
-            raise
-        self.progress.moved_late = False
-        self.progress.forget()
-        return reports
+    def pack(self, seed: int) -> dict[str, Any]:
+        """The state of the run, for a checkpoint; see :mod:`lightning_diloco.engine.checkpoint`.
 
-    def _synchronise(self) -> Sequence[OuterStepReport]:
-        self.broadcast_buffers_in_team()
-        if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
-            self._inner.check_averageable(self.policies.inner_state)
-        if self.is_plain_run:
-            self._live_module.follow()
-        self._inner.adopt_outside_changes()
-        reports = self.algorithm.after_inner_step(self.local_steps)
-        if not reports and self.context.due(self.local_steps):  # the algorithm has not synchronised the processes
-            self.world.gather_signals(f"the end of a round after {self.local_steps} local steps")
-        return reports
-
-    def end_epoch(self) -> None:
-        """After an epoch's last batch."""
-        self._guard.end_epoch(self._replicas.layout)
-        self._live_module.search()
-
-    def broadcast_buffers_in_team(self) -> None:
-        """The buffers of a worker's first process become those of its whole team, as under DDP."""
-        if self.world.team > 1:
-            for w in self.local_workers:
-                self.world.broadcast_in_team([b for _, b in self._replicas.states[w].named_buffers()])
-
-    def flush(self) -> Sequence[OuterStepReport]:
-        """A last synchronisation on a partial round; nothing if no step, or no change, is pending.
-
-        If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
-        synchronised all the same.
+        Raises:
+            RuntimeError: inside a worker's turn, where the workers are not at the same step.
         """
-        self._live_module.search()
-        self._live_module.adopt_outside_changes()
-        complete = self.local_steps == self.context.round_start and not self.progress.moved_late
-        if complete or self.context.at_rest():
-            self.context.shared.synchronise_buffers()
-            self._live_module.publish(self.algorithm.publish())
-            return []
-        self._inner.adopt_outside_changes()
-        return self._exchanged(self.algorithm.flush(self.local_steps))
+        if self.current_worker is not None:
+            raise RuntimeError(
+                f"A checkpoint can't be saved inside worker {self.current_worker}'s turn, in which the workers are"
+                " not at the same step. Save between steps: from a callback's hook, or a hook of the module for epochs."
+            )
+        if not self.views.open and not self.finished:
+            self._inner.adopt_outside_changes()
+        random = self.views.outside_random or process_state()
+        state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
+        state["torn"] = self.progress.state_dict(self.local_steps, self.local_workers)
+        return state
 
-    def _exchanged(self, reports: Sequence[OuterStepReport]) -> Sequence[OuterStepReport]:
-        if reports:
-            self._inner.activate_first()
-            self._set_plain()
-            self._live_module.publish(self.algorithm.publish())
-        return reports
+    def _with_pending(self, state: ModelState) -> ModelState:
+        """``state`` with the outside changes since the last turn."""
+        return state if self.views.open or self.finished else self._live_module.pending(state)
 
-    def _set_plain(self) -> None:
-        """The outer optimizer decides anew after each synchronisation: its learning rate may have a schedule."""
-        plain = is_plain_run(self.num_workers, self.algorithm, self._outer.optimizer)
-        self._live_module.set_plain(plain)
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continues from a state that :meth:`pack` made; before the first step.
 
-    def adopt_outside_changes(self) -> None:
-        """Adopts outside changes of the module, also where writing left no trace."""
-        self._live_module.search()
-        self._live_module.adopt_outside_changes()
-
-    def expect_outside_changes(self) -> None:
-        """The next comparison finds outside changes that left no trace, too."""
-        self._live_module.search()
-
-    def finish(self) -> None:
-        """Training is over: from here on the module holds θ, and outside changes are not adopted."""
-        was_plain, complete = self.is_plain_run, self.local_steps == self.context.round_start
-        self._live_module.set_plain(False)
-        if was_plain and complete:
-            self.adopt_outside_changes()  # the only worker is θ, with what hooks wrote after the last round
-        else:
-            self._live_module.publish(self.algorithm.publish())
-        self.views.closed = True
-
-    def close(self) -> None:
-        """However the fit ended: the module is left with its own tensors, the optimizers with worker 0's state."""
-        self._live_module.set_plain(False)
-        self._inner.adopt_outside_changes()
+        Raises:
+            ValueError: the state was saved in the middle of a step that can't be finished.
+        """
+        if state["torn"]["workers"] and self.algorithm.needs_gradients:
+            raise ValueError(
+                f"The checkpoint was saved when local step {state['local_steps'] + 1} had been interrupted, and"
+                f" {type(self.algorithm).__name__} needs the gradients of all workers to finish that step. Resume from"
+                " the last file before it."
+            )
+        self._live_module.set_plain_run(False)
+        checkpoint.apply(state, self.context, self.algorithm)
+        self.progress.load_state_dict(state["torn"])
         self._inner.activate_first()
-        self.views.closed = True
-        self._guard.close()
-        for hook in self._hooks:
-            hook.remove()
-        for worker in self._inner.workers.values():
-            worker.gradients = {}
+        self._live_module.publish(self.algorithm.publish())
+        self._update_plain_run()
 
-    def to(self, device: torch.device) -> None:
-        """Moves the states of the workers and θ, for after the fit."""
-        if device != self._device:
-            self._device = device
-            self._replicas.to(device)
-            self._outer.to(device)
-            for worker in self._inner.workers.values():
-                worker.to(device)
+    @contextmanager
+    def first_workers_state(self) -> Iterator[None]:
+        """Inside, the optimizers hold the first worker's state, also during a validation."""
+        with self._inner.first_activated():
+            yield
 
     # ---------------------------------------------------------------------------------------- what others may read
+
+    @property
+    def is_plain_run(self) -> bool:
+        """N = 1 with a plain average as outer step: nothing is swapped."""
+        return self._live_module.is_plain_run
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over."""
+        return self.views.closed
 
     @property
     def local_steps(self) -> int:
@@ -455,15 +461,6 @@ class Engine:
     @property
     def outer_optimizer(self) -> torch.optim.Optimizer:
         return self._outer.optimizer
-
-    @property
-    def outer_tensors(self) -> Mapping[str, Tensor]:
-        """Parameter name → tensor of θ; not to be written to."""
-        return self._outer.tensors
-
-    def replica(self, worker: int) -> Mapping[str, Tensor]:
-        """Parameter name → tensor of ``worker``'s replica; not to be written to."""
-        return self._replicas.tensors(worker)
 
     def memory_report(self) -> dict[str, int]:
         """See :meth:`lightning_diloco.DilocoStrategy.memory_report`."""

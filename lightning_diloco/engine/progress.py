@@ -51,10 +51,10 @@ class BatchProgress:
         self.done = set()
 
     @contextmanager
-    def turn(self, worker: int, belongings: Worker, state: ModelState) -> Iterator[None]:
+    def turn(self, worker: int, worker_state: Worker, state: ModelState) -> Iterator[None]:
         """A worker's turn; an error inside leaves the worker as before the turn, as far as that can be done."""
-        stream, random = belongings.stream, None if belongings.stream is None else belongings.stream.state
-        gradients = dict(belongings.gradients)
+        stream, random = worker_state.stream, None if worker_state.stream is None else worker_state.stream.state
+        gradients = dict(worker_state.gradients)
         traces = _traces(gradients, state)
         self._stepped_in_turn = False
         try:
@@ -68,7 +68,7 @@ class BatchProgress:
             else:
                 if stream is not None and random is not None:
                     stream.state = random
-                belongings.gradients = gradients
+                worker_state.gradients = gradients
                 self.exact = self.exact and _traces(gradients, state) == traces
             raise
 

@@ -127,18 +127,19 @@ class Views:
         scratch = layout.copy_of(replicas.states[here])
         if which == "worker" and self._context.channel.world.size == 1:
             return scratch
-        held = self._context.shared.survey(f"an evaluation after {self._context.local_steps} local steps")
+        application = self._context.policy_application
+        survey = application.survey(f"an evaluation after {self._context.local_steps} local steps")
         if which == "worker":
             values = channel.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
         else:
-            differing = [n for n in layout.names if n not in layout.frozen or not self._context.shared.same(held, n)]
+            differing = [n for n in layout.names if n not in layout.frozen or not application.same(survey, n)]
             floating = [n for n in differing if is_floating(scratch.tensors[n])]
             values = channel.mean(floating, replicas.tensors, what=None)
             others = [n for n in differing if n not in values]
             values |= channel.copies_of(0, others, replicas.tensors, scratch.tensors)
         for name, value in values.items():
             scratch.tensors[name].copy_(value)
-        common = self._context.shared.common_buffers(self._context.workers, held, first=which == "worker")
+        common = application.common_buffers(self._context.workers, survey, first=which == "worker")
         for (position, name), value in common.items():
             put_buffer(scratch.buffers[position], name, value)
         return scratch

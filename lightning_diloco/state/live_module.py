@@ -59,7 +59,7 @@ class LiveModule:
         self._replicas.module_state.copy_from(parameters, self._outer.state.buffers)
         self._remember()
 
-    def set_plain(self, is_plain_run: bool) -> None:
+    def set_plain_run(self, is_plain_run: bool) -> None:
         """Makes the only worker's replica the module's state itself, or a copy of the module's state."""
         if is_plain_run != self.is_plain_run:
             (worker,) = self._replicas.workers
@@ -134,30 +134,30 @@ class LiveModule:
         return ModelState({**state.tensors, **self.written()}, buffers)
 
     @torch.no_grad()
-    def begin_evaluation(self, shown: ModelState) -> None:
+    def begin_evaluation(self, evaluated: ModelState) -> None:
         """Notes the weights that a validation is about to see, but for those that a callback has just written."""
         written = self.written()
         changed = {
             (i, n) for i, n, _ in self._changed_buffers(self._outer.state.buffers, self._replicas.module_state.buffers)
         }
-        self._evaluated = {n: digest(t, None) for n, t in shown.tensors.items() if n not in written}
-        self._evaluated.update((key, digest(b, None)) for key, b in shown.named_buffers() if key not in changed)
+        self._evaluated = {n: digest(t, None) for n, t in evaluated.tensors.items() if n not in written}
+        self._evaluated.update((key, digest(b, None)) for key, b in evaluated.named_buffers() if key not in changed)
         self._stepped_since = False
 
     @torch.no_grad()
-    def end_evaluation(self, shown: ModelState, before: Buffers) -> None:
-        """Writes into the module what a validation changed that stays, as if a callback had done so after it.
+    def end_evaluation(self, evaluated: ModelState, before: Buffers) -> None:
+        """Writes a validation's lasting changes into the module, as if a callback had done so after the validation.
 
-        That is buffers, and parameters that a callback had written before: it may have written the old values back.
+        Buffers last, and parameters that a callback had written before: it may have written the old values back.
 
         Args:
-            shown: what the validation saw, as it left it.
-            before: the buffers as it found them.
+            evaluated: the state that the validation saw, as the validation left it.
+            before: the buffers as the validation found them.
         """
         for name, written in self.written().items():
-            if name in shown.tensors and not bitwise_equal(shown.tensors[name], written):
-                written.copy_(shown.tensors[name])
-        self._copy_changes(before, shown.buffers, [self._replicas.module_state])
+            if name in evaluated.tensors and not bitwise_equal(evaluated.tensors[name], written):
+                written.copy_(evaluated.tensors[name])
+        self._copy_changes(before, evaluated.buffers, [self._replicas.module_state])
         self.search()
 
     def note_steps(self) -> None:

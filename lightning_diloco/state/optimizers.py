@@ -69,7 +69,7 @@ class InnerOptimizers:
         """Every worker starts from the optimizers' present state; before the first step only."""
         self.initial = self._given_initial or [copy_state(o.state) for o in self.live]
         for i, (w, stream) in enumerate(self._streams.items()):
-            self.workers[w] = Worker(w, self.live, self._controls, self._scaler_owner, stream, original=i == 0)
+            self.workers[w] = Worker(self.live, self._controls, self._scaler_owner, stream, original=i == 0)
         self._known_control = [c.read() for c in self._controls]
 
     def knows(self, optimizer: Any) -> bool:

@@ -153,7 +153,9 @@ class PolicyApplication:
         averaged = [
             n
             for n in differing
-            if not first and is_floating(like[n]) and len({_kind(survey[w].get(n)) for w in participants}) == 1
+            if not first
+            and is_floating(like[n])
+            and len({_shape_and_dtype(survey[w].get(n)) for w in participants}) == 1
         ]
 
         def read(worker: int) -> Mapping[str, Tensor]:
@@ -192,5 +194,5 @@ def _named_buffers(layout: Layout, state: ModelState) -> dict[str, Tensor]:
     return {f"{layout.module_names[position]}.{name}": b for (position, name), b in state.named_buffers()}
 
 
-def _kind(tensor: Fingerprint | None) -> Any:
+def _shape_and_dtype(tensor: Fingerprint | None) -> Any:
     return None if tensor is None else (tensor.shape, tensor.dtype)

@@ -91,7 +91,6 @@ class Worker:
     """A worker's state besides its weights.
 
     Args:
-        index: global id.
         optimizers: the live inner optimizers, flattened; the worker starts from their present state.
         controls: the optimizers' groups, and the schedulers that workers step themselves.
         scaler_owner: holder of the gradient scaler, or None without a scaler.
@@ -102,14 +101,12 @@ class Worker:
 
     def __init__(
         self,
-        index: int,
         optimizers: Sequence[Any],
         controls: Sequence["Groups | Schedule"],
         scaler_owner: ScalerOwner | None,
         stream: RandomStream | None,
         original: bool,
     ) -> None:
-        self.index = index
         self.stream = stream
         self.states = [o.state if original else copy_state(o.state) for o in optimizers]
         self.control = [c.read() for c in controls]
