@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_diloco.algorithms import SyncAlgorithm
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
+Reduction = Literal["auto", "ordered", "all_reduce"]
 StartMethod = Literal["popen", "spawn", "fork"]
 
 

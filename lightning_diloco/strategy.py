@@ -20,9 +20,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_diloco._lightning.fitting import FitStrategy, Reduction
+from lightning_diloco._lightning.fitting import FitStrategy
 from lightning_diloco.algorithms import Diloco, SyncAlgorithm
 from lightning_diloco.arguments import (
+    Reduction,
     StartMethod,
     as_integer,
     check_bool,

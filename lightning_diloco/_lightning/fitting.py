@@ -7,7 +7,7 @@ Owns the translation between Lightning's hooks and :class:`~lightning_diloco.fit
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,13 +19,12 @@ from lightning_diloco._lightning.data import shard
 from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms.base import is_plain_run
+from lightning_diloco.arguments import Reduction
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.fit import Fit, RunSettings
 from lightning_diloco.state.outer import trial_optimizer
-
-Reduction = Literal["auto", "ordered", "all_reduce"]
 
 
 class FitStrategy(TeamStrategy):

@@ -70,8 +70,8 @@ class ProcessStrategy(RankedStrategy):
         self._end_watch: Callable[[], None] = _nothing
 
     @property
-    @override
     def _layer_sync(self) -> LayerSync | None:
+        """Lightning puts its plugin for ``Trainer(sync_batchnorm=True)`` here."""
         return self._given.layer_sync
 
     @_layer_sync.setter

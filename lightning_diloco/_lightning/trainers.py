@@ -154,15 +154,6 @@ class SharedStrategy(SingleDeviceStrategy):
     def num_nodes(self, machines: int) -> None:
         self._given.machines = machines
 
-    @property
-    def _layer_sync(self) -> LayerSync | None:
-        """Lightning puts its plugin for ``Trainer(sync_batchnorm=True)`` here."""
-        return self._given.layer_sync
-
-    @_layer_sync.setter
-    def _layer_sync(self, layer_sync: LayerSync | None) -> None:
-        self._given.layer_sync = layer_sync
-
     @override
     def _configure_launcher(self) -> None:
         """A Trainer's constructor calls this last: devices and machines are known."""

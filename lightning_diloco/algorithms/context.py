@@ -135,7 +135,7 @@ class SyncContext:
                 f"Process {odd} holds another outer model θ than process 0 at {where}: something wrote different"
                 " weights into the module on different processes. Callbacks and hooks must write the same everywhere."
             )
-        world.known_signals = set().union(*(signals for _, signals, _ in gathered))
+        world.learn_signals(signals for _, signals, _ in gathered)
         norms = self._joined_norms([theirs for theirs, _, _ in gathered])
         scale = euclidean_norm(theta[n] for n in self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)

@@ -5,7 +5,7 @@ Owns nothing but these functions. Imports nothing of Lightning.
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,15 @@ def copied(value: Any, device: torch.device | None = None, plain: bool = False) 
     if type(value) in (list, tuple):
         return type(value)(copied(v, device, plain) for v in value)
     return copy.deepcopy(value)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
 
 
 def bitwise_equal(a: Tensor, b: Tensor) -> bool:

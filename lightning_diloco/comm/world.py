@@ -144,7 +144,11 @@ class World:
 
     def gather_signals(self, where: str) -> None:
         """Tells all processes which signals any process has received."""
-        self.known_signals = set().union(*self.gather_all(where, self.signals))
+        self.learn_signals(self.gather_all(where, self.signals))
+
+    def learn_signals(self, gathered: Iterable[set[str]]) -> None:
+        """Notes the signals of every process, which all processes have gathered."""
+        self.known_signals = set().union(*gathered)
 
     @property
     def stopping(self) -> bool:

@@ -21,7 +21,7 @@ from lightning_diloco.comm.tensors import bitwise_equal, copied
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine.file_format import VERSION, MemberState, Packed
 from lightning_diloco.state.replicas import Layout, ModelState, put_buffer
-from lightning_diloco.state.worker import OptimizerState, Worker
+from lightning_diloco.state.worker import OptimizerState, Worker, parameters_of
 
 _copied = partial(copied, plain=True)
 
@@ -199,22 +199,18 @@ def _pack_inner(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
 
 
 def _by_position(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
-    position = {id(p): i for i, p in enumerate(_parameters_of(optimizer))}
+    position = {id(p): i for i, p in enumerate(parameters_of(optimizer))}
     entries = {position.get(id(key), key): values for key, values in state.items()}
     return {key: values for key, values in entries.items() if values != {}}  # looking for an entry leaves an empty one
 
 
 def _unpack_inner(optimizer: Any, state: OptimizerState, saved: Mapping[Any, Any]) -> None:
-    parameters = _parameters_of(optimizer)
+    parameters = parameters_of(optimizer)
     state.clear()
     for key, values in saved.items():
         owner = parameters[key] if isinstance(key, int) else key
         device = owner.device if isinstance(owner, Tensor) else None
         state[owner] = _copied(values, device)
-
-
-def _parameters_of(optimizer: Any) -> list[Any]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 # -------------------------------------------------------------------------------------------- tensors

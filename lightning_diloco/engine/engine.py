@@ -37,6 +37,7 @@ The engine runs without a Trainer::
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class Engine:
         self.progress = BatchProgress()
         self._guard, self._attributes = StepGuard(), AttributeGuard()
         after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
-        self._hooks = [register_optimizer_step_post_hook(lambda o, *_: (after_step() or _nothing)(o))]
+        self._hooks = [register_optimizer_step_post_hook(partial(_call_if_alive, after_step))]
         self._watch_groups()
         algorithm.setup(self.context)
         self._update_plain_run()
@@ -481,5 +482,7 @@ class Engine:
         }
 
 
-def _nothing(*_: Any) -> None:
-    """Stands for the hook of an engine that is gone."""
+def _call_if_alive(method: weakref.WeakMethod[Any], optimizer: Any, *_: Any) -> None:
+    alive = method()
+    if alive is not None:
+        alive(optimizer)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_diloco.state.replicas import Layout
-from lightning_diloco.state.worker import flatten_optimizers
+from lightning_diloco.state.worker import flatten_optimizers, parameters_of
 
 
 def refuse_unswappable(module: nn.Module) -> None:
@@ -45,14 +45,13 @@ def refuse_foreign_tensors(module: nn.Module, optimizers: Sequence[Any]) -> None
     """Refuses optimizers of tensors that are no parameters: all workers would share them, and step them N times."""
     known = {id(p) for p in module.parameters()}
     for optimizer in flatten_optimizers(optimizers):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and id(p) not in known:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} trains a tensor of shape {tuple(p.shape)} that is no parameter of"
-                        f" {type(module).__name__}, so workers can't have replicas of it. Register the tensor"
-                        " (`self.name = nn.Parameter(...)`), or its module as a submodule."
-                    )
+        for p in parameters_of(optimizer):
+            if p.requires_grad and id(p) not in known:
+                raise ValueError(
+                    f"{type(optimizer).__name__} trains a tensor of shape {tuple(p.shape)} that is no parameter of"
+                    f" {type(module).__name__}, so workers can't have replicas of it. Register the tensor"
+                    " (`self.name = nn.Parameter(...)`), or its module as a submodule."
+                )
 
 
 def refuse_overlaps(layout: Layout) -> None:

@@ -5,7 +5,7 @@ The steps of any other optimizer would not be counted, and all workers would sha
 nothing of Lightning.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_diloco.comm.tensors import bitwise_equal
+from lightning_diloco.comm.tensors import bitwise_equal, tensors_in
 from lightning_diloco.state.replicas import Layout, ModelState
+from lightning_diloco.state.worker import parameters_of
 
 _WAY_OUT = (
     "Local steps are counted, and inner states kept per worker, for these optimizers only: return the optimizer from"
@@ -219,7 +220,7 @@ def _attribute_traces(optimizer: Any) -> dict[str, list[tuple[int, int]]]:
         return {}
     parameters = _parameter_ids([optimizer])
     return {
-        name: [(id(t), t._version) for t in _tensors_in(value) if id(t) not in parameters]
+        name: [(id(t), t._version) for t in tensors_in(value) if id(t) not in parameters]
         for name, value in further.items()
     }
 
@@ -227,13 +228,5 @@ def _attribute_traces(optimizer: Any) -> dict[str, list[tuple[int, int]]]:
 _HOLDERS = (Tensor, list, tuple, dict)
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, _HOLDERS):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
-
-
 def _parameter_ids(optimizers: Collection[Any]) -> set[int]:
-    return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return {id(p) for o in optimizers for p in parameters_of(o)}

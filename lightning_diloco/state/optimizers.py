@@ -26,6 +26,7 @@ from lightning_diloco.state.worker import (
     Worker,
     copy_state,
     flatten_optimizers,
+    parameters_of,
 )
 
 
@@ -251,8 +252,7 @@ def _averageable(optimizers: Sequence[Any], states: Sequence[OptimizerState], le
     """Key → tensor; the key has the positions of optimizer and parameter, and so is the same on all processes."""
     found: dict[str, Tensor] = {}
     for o, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for position, parameter in enumerate(parameters):
+        for position, parameter in enumerate(parameters_of(optimizer)):
             values = state.get(parameter)
             for key, value in values.items() if isinstance(values, dict) else ():
                 if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_diloco.comm.tensors import copied
+from lightning_diloco.comm.tensors import copied, tensors_in
 from lightning_diloco.state.randomness import RandomStream
 
 OptimizerState = dict[Any, Any]  # parameter → {name: tensor or Python value}, as in Optimizer.state
@@ -45,6 +45,11 @@ def flatten_optimizers(optimizers: Sequence[Any]) -> list[Any]:
                 values = [value] if not several else value.values() if isinstance(value, dict) else value
                 queue += [v for v in values if isinstance(v, Optimizer)]
     return found
+
+
+def parameters_of(optimizer: Any) -> list[Any]:
+    """The parameters of an optimizer, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def copy_state(state: OptimizerState) -> OptimizerState:
@@ -172,16 +177,5 @@ class Worker:
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes of the inner optimizer state and of the gradients kept between turns."""
-        tensors = [v for s in self.states for values in s.values() for v in _tensors_in(values)]
+        tensors = [v for s in self.states for values in s.values() for v in tensors_in(values)]
         return sum(t.nbytes for t in tensors), sum(g.nbytes for g in self.gradients.values() if not g.is_sparse)
-
-
-def _tensors_in(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for v in values.values():
-            yield from _tensors_in(v)
-    elif isinstance(values, (list, tuple)):
-        for v in values:
-            yield from _tensors_in(v)
