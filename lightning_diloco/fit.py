@@ -298,13 +298,14 @@ def _check_needs_gradients(algorithm: SyncAlgorithm, trainer: Trainer) -> None:
     if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} changes gradients before the inner step, which needs automatic optimization;"
-            f" {type(module).__name__} sets `automatic_optimization = False`."
+            f" {type(module).__name__} sets `automatic_optimization = False`. Use automatic optimization, or another"
+            " algorithm."
         )
     for optimizer in trainer.strategy.optimizers:
         if needs_closure(optimizer):
             raise MisconfigurationException(
-                f"{name} needs one backward pass per step, but {type(optimizer).__name__} runs as many as it"
-                " likes. Use another inner optimizer."
+                f"{name} needs one backward pass per step, but {type(optimizer).__name__} evaluates its closure"
+                " several times per step. Use another inner optimizer."
             )
     if getattr(trainer.strategy.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(

@@ -190,8 +190,27 @@ def test_alpha_mixes_and_is_checked() -> None:
         engine.context.restart([1], ["weight"], target, alpha=1.5)
 
 
+def test_a_synchronisation_is_opened_and_closed_once() -> None:
+    """Algorithms are users' code."""
+
+    class Unbalanced(Diloco):
+        def __init__(self, calls: tuple[str, ...]) -> None:
+            self.calls = calls
+
+        def after_inner_step(self, step):
+            return [getattr(self.ctx, name)() for name in self.calls]
+
+    with pytest.raises(RuntimeError, match=r"^`begin_round` was called twice\. Close the first synchronisation with"):
+        run(Unbalanced(("begin_round", "begin_round")))
+    with pytest.raises(RuntimeError, match=r"^`end_round` was called without `begin_round`\. Open the synchronisation"):
+        run(Unbalanced(("end_round",)))
+
+
 def test_an_algorithm_without_state_refuses_foreign_state() -> None:
     assert Diloco().state_dict() == {}
     Diloco().load_state_dict({})
-    with pytest.raises(ValueError, match=r"^Diloco keeps no state, but was given \['x'\]\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Diloco keeps no state, but was given \['x'\]\. Resume with the algorithm that wrote the checkpoint\.$",
+    ):
         Diloco().load_state_dict({"x": 1})

@@ -212,12 +212,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"outer_optimizer_cls": torch.optim.LBFGS},
         "The outer optimizer can't be built: `outer_optimizer_cls` (=LBFGS) with `outer_optimizer_kwargs` (={}) fails"
-        " with: LBFGS.step needs a closure, and an outer step has none",
+        " with: LBFGS.step needs a closure, which an outer step doesn't have. Use an optimizer whose step needs none.",
     ),
     (
         {"outer_optimizer_cls": lambda p: list(p)},
         "The outer optimizer can't be built: `outer_optimizer_cls` (=<lambda>) with `outer_optimizer_kwargs` (=None)"
-        " fails with: it builds a list, which is no torch.optim.Optimizer",
+        " fails with: the factory returned a list; it must return a torch.optim.Optimizer",
     ),
     (
         {"algorithm": NoOuter(), "outer_optimizer_kwargs": {"lr": 1.0}},

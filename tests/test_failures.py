@@ -92,10 +92,8 @@ def test_the_others_end_in_time_and_name_the_process(what: Any, rank: int, tmp_p
         if r != rank:
             assert outcome is not None
             assert outcome[0] == "raised"
-            assert outcome[1].startswith(f"RuntimeError: Process {r} of 3 stopped waiting at ")
-            assert (
-                ": another process has exited or hangs (`timeout` = 0:00:04). See the output of that process. "
-            ) in outcome[1]
+            assert outcome[1].startswith(f"RuntimeError: Process {r} of 3 failed at ")
+            assert ". If another process has exited or hangs (`timeout` = 0:00:04), see its output. " in outcome[1]
     if rank != 0:  # gloo's first process knows who is missing
         assert f"Ranks {rank} failed to pass monitoredBarrier" in results[0][1]  # type: ignore[index]
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -135,7 +133,7 @@ def test_an_exception_on_one_process_ends_all_without_a_deadlock_and_without_hal
     assert time.monotonic() - began < TIMEOUT.total_seconds() + 30
     assert results[1] == ("raised", "ValueError: worker 1 is ill")
     assert results[0] is not None
-    assert results[0][1].startswith("RuntimeError: Process 0 of 2 stopped waiting at self.log")
+    assert results[0][1].startswith("RuntimeError: Process 0 of 2 failed at self.log")
     assert not list((tmp_path / "rescue").glob("*"))
     for rank in range(2):
         assert (
@@ -266,7 +264,7 @@ def test_a_process_that_is_long_over_the_end_spoils_nothing(tmp_path: Path) -> N
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             t.fit(Project(), loader())
-        return diloco.local_steps, any("stopped waiting at the end of the run: another" in str(w.message) for w in seen)
+        return diloco.local_steps, any("failed at the end of the run. If another" in str(w.message) for w in seen)
 
     results = outcomes(start(run, 2, (), tmp_path / "out"), tmp_path / "out")
     assert results == [("returned", (6, True))] * 2
@@ -294,7 +292,7 @@ def test_an_error_is_not_hidden_by_what_the_others_do(tmp_path: Path) -> None:
 
     zero, one = raised(run, 2, tmp_path / "out")
     assert one == "ValueError: ill"
-    assert zero.startswith("RuntimeError: Process 0 of 2 stopped waiting at a reduction of what is logged as")
+    assert zero.startswith("RuntimeError: Process 0 of 2 failed at a reduction of what is logged as")
 
 
 def test_a_signal_in_teardown_is_survived(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_tensors_that_replicas_cannot_follow_are_refused() -> None:
 
     for make, message in (
         (Raw, r"^SGD trains a tensor of shape \(1,\) that is no parameter of Raw, so workers can't have replicas of"),
-        (TiedByData, r"^'net.0.weight' and 'twin.weight' of TiedByData share memory; their replicas would not\."),
+        (TiedByData, r"^'net.0.weight' and 'twin.weight' of TiedByData share memory, which replicas can't, since each"),
         (ViewOfParameter, r"'(head|net.0.weight)' and '(head|net.0.weight)' of ViewOfParameter share memory"),
     ):
         with pytest.raises(ValueError, match=message):

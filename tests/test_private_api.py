@@ -235,7 +235,10 @@ def test_replaced_loops_are_refused() -> None:
 
     t = trainer(DilocoStrategy(num_nodes=2), max_steps=1)
     t.fit_loop.epoch_loop.__class__ = Foreign
-    with pytest.raises(MisconfigurationException, match=r"The Trainer's loops were replaced: found a .*Foreign where"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"The Trainer's loops were replaced: found .*Foreign in place of Lightning's loop\.",
+    ):
         t.fit(Net(), loader())
 
 

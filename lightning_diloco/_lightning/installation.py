@@ -42,8 +42,8 @@ def install(trainer: Trainer) -> None:
             continue
         if cls not in _CLASSES:
             raise MisconfigurationException(
-                f"The Trainer's loops were replaced: found a {cls.__module__}.{cls.__name__} where Lightning has one"
-                " of its own. DilocoStrategy runs its workers inside Lightning's loops; remove the replacement."
+                f"The Trainer's loops were replaced: found {cls.__module__}.{cls.__name__} in place of"
+                " Lightning's loop. DilocoStrategy runs its workers inside Lightning's loops; remove the replacement."
             )
         holder.__class__ = _CLASSES[cls]
 

@@ -90,7 +90,10 @@ class SyncAlgorithm(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}.")
+            raise ValueError(
+                f"{type(self).__name__} keeps no state, but was given {sorted(state)}. Resume with the algorithm that"
+                " wrote the checkpoint."
+            )
 
 
 def is_plain_run(num_workers: int, algorithm: SyncAlgorithm, outer_optimizer: Optimizer) -> bool:

@@ -122,8 +122,11 @@ class SyncContext:
         """Opens a synchronisation: measures the workers and returns those that take part.
 
         Raises:
-            RuntimeError: a worker's Δ_i is not finite, N > 1, and ``nonfinite`` is "raise" (or all workers are bad).
+            RuntimeError: a worker's Δ_i is not finite, N > 1, and ``nonfinite`` is "raise" (or all workers are bad);
+                or the previous synchronisation is still open.
         """
+        if self._round is not None:
+            raise RuntimeError("`begin_round` was called twice. Close the first synchronisation with `end_round`.")
         started = time.perf_counter()
         theta, world = self.outer.tensors, self.channel.world
         norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
@@ -199,7 +202,8 @@ class SyncContext:
     def end_round(self, kind: str = "round") -> OuterStepReport:
         """Closes a synchronisation: applies the policies for buffers, inner state and dropped workers."""
         done = self._round
-        assert done is not None, "end_round() without begin_round()"
+        if done is None:
+            raise RuntimeError("`end_round` was called without `begin_round`. Open the synchronisation with it first.")
         self.channel.observer = None
         where = f"the end of the synchronisation after {self.local_steps} local steps"
         application = self.policy_application

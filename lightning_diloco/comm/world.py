@@ -138,8 +138,8 @@ class World:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"Process {self.rank} of {self.size} stopped waiting at {where}: another process has exited or hangs"
-                f" (`timeout` = {self._timeout}). See the output of that process. {error}"
+                f"Process {self.rank} of {self.size} failed at {where}. If another process has exited or hangs"
+                f" (`timeout` = {self._timeout}), see its output. {error}"
             ) from error
 
     def gather_signals(self, where: str) -> None:

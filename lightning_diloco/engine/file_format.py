@@ -13,6 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 from lightning_diloco.comm.tensors import bitwise_equal
 
 VERSION = 1
+_DAMAGED = "the file is damaged. Resume from another file."
 
 Packed = dict[str, Any]
 
@@ -130,20 +131,20 @@ def check(checkpoint: Mapping[str, Any], num_workers: int, settings: Packed, sou
         )
     missing = list(_missing(state))
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)} in its DiLoCo state: the file is damaged.")
+        raise ValueError(f"{source} lacks {', '.join(missing)} in its DiLoCo state: {_DAMAGED}")
     missing = list(_missing_beside(checkpoint, state))
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}: the file is damaged.")
+        raise ValueError(f"{source} lacks {', '.join(missing)}: {_DAMAGED}")
     lost = [w for w in range(state["num_workers"]) if w not in state["workers"]]
     if lost:
         raise ValueError(
             f"{source} was written by {state['num_workers']} workers, but the state of worker"
-            f" {', '.join(map(str, lost))} is missing: the file is damaged."
+            f" {', '.join(map(str, lost))} is missing: {_DAMAGED}"
         )
     incomplete = [key for key, size in state["entries"].items() if _entries(state[key]) < size]
     if incomplete or len(state["entries"]) < len(RunState.__required_keys__) - 1:
         raise ValueError(
-            f"{source} lacks entries of {', '.join(incomplete) or 'entries'} in its DiLoCo state: the file is damaged."
+            f"{source} lacks entries of {', '.join(incomplete) or 'entries'} in its DiLoCo state: {_DAMAGED}"
         )
     if state["torn"]["outer_step"]:
         raise ValueError(

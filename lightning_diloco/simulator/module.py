@@ -111,4 +111,7 @@ def guarded(source: str, function: Callable[[Any], Any], argument: Any) -> Any:
     try:
         return function(argument)
     except StopIteration as error:
-        raise RuntimeError(f"{source} raised StopIteration.") from error
+        raise RuntimeError(
+            f"{source} raised StopIteration, which Lightning would take for the end of the data. Look for `next(...)`"
+            " on an iterator that is exhausted."
+        ) from error

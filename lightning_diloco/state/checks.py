@@ -68,8 +68,9 @@ def refuse_overlaps(layout: Layout) -> None:
     for (_, end, name), (other_start, _, other) in pairwise(sorted(used)):
         if other_start < end and {name, other} & parameters:
             raise ValueError(
-                f"{name!r} and {other!r} of {type(layout.module).__name__} share memory; their replicas would not."
-                " To tie parameters, assign the same nn.Parameter object to both names."
+                f"{name!r} and {other!r} of {type(layout.module).__name__} share memory, which replicas can't,"
+                " since each has separate tensors. To tie parameters, assign the same nn.Parameter object to both"
+                " names; otherwise `clone()` a tensor."
             )
 
 

@@ -143,9 +143,12 @@ def trial_optimizer(factory: OuterFactory) -> Optimizer:
     """
     optimizer = factory([nn.Parameter(torch.zeros(2, 2))])
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"it builds a {type(optimizer).__name__}, which is no torch.optim.Optimizer")
+        raise TypeError(f"the factory returned a {type(optimizer).__name__}; it must return a torch.optim.Optimizer")
     if needs_closure(optimizer):
-        raise TypeError(f"{type(optimizer).__name__}.step needs a closure, and an outer step has none")
+        raise TypeError(
+            f"{type(optimizer).__name__}.step needs a closure, which an outer step doesn't have. Use an optimizer whose"
+            " step needs none."
+        )
     return optimizer
 
 
