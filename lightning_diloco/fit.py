@@ -20,6 +20,7 @@ from lightning_diloco.comm.team import TeamGradients
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
+from lightning_diloco.engine.file_format import LoaderState, RunState
 from lightning_diloco.state.outer import OuterFactory, needs_closure
 from lightning_diloco.state.policies import Policies
 from lightning_diloco.state.randomness import run_seed, set_process_state
@@ -100,7 +101,7 @@ class Fit:
     started: Engine | None = None
     _seed: int = 0
     _ordered: bool = True
-    _resumed: dict[str, Any] | None = None  # a checkpoint's state, until the engine has applied it
+    _resumed: RunState | None = None  # a checkpoint's state, until the engine has applied it
     _initial_state: Sequence[OptimizerState] | None = None
     _configured: dict[str, Any] = field(default_factory=dict)
 
@@ -143,7 +144,7 @@ class Fit:
             _check_needs_gradients(self.settings.algorithm, self.trainer)
         self._initial_state = [copy_state(o.state) for o in flatten_optimizers(optimizers)]
 
-    def resume(self, state: dict[str, Any] | None) -> None:
+    def resume(self, state: RunState | None) -> None:
         """The fit continues from ``checkpoint["diloco"]``, if there is one."""
         self._resumed = state
 
@@ -258,7 +259,7 @@ class Fit:
         return self.started.pack(self._seed)
 
     def complete(
-        self, state: dict[str, Any], loader: dict[str, Any] | None, state_dict: Mapping[str, Any]
+        self, state: dict[str, Any], loader: LoaderState | None, state_dict: Mapping[str, Any]
     ) -> dict[str, Any]:
         """``state`` as it stands in a file; see :func:`lightning_diloco.engine.file_format.complete`."""
         return file_format.complete(state, self._configured, loader, state_dict)

@@ -7,13 +7,15 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_diloco.engine.file_format import LoaderState
+
 
 def logging_step(trainer: Trainer, after_training: bool = False) -> int:
     """The step at which Lightning logs the present batch (after training: the last batch); no public name says it."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(after_training)
 
 
-def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
+def detach_loader_state(loops: dict[str, Any], cycles: bool) -> LoaderState:
     """Takes the sharded loaders' entry out of ``checkpoint["loops"]``, since no other strategy could resume with it.
 
     Returns:
@@ -33,7 +35,7 @@ def detach_loader_state(loops: dict[str, Any], cycles: bool) -> dict[str, Any]:
     }
 
 
-def attach_loader_state(loops: dict[str, Any], state: dict[str, Any]) -> None:
+def attach_loader_state(loops: dict[str, Any], state: LoaderState) -> None:
     """Gives ``checkpoint["loops"]`` an entry for each sharded loader, as Lightning expects it."""
     loops["fit_loop"]["state_dict"]["combined_loader"] = [state] * state["loaders"]
 

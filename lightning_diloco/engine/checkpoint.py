@@ -19,7 +19,7 @@ from lightning_diloco.comm.channel import Exchange, Ledger
 from lightning_diloco.comm.means import mean_of
 from lightning_diloco.comm.tensors import bitwise_equal, copied
 from lightning_diloco.comm.world import World
-from lightning_diloco.engine.file_format import VERSION, MemberState, Packed
+from lightning_diloco.engine.file_format import VERSION, ExchangesState, MemberState, Packed, RunState, WorkerState
 from lightning_diloco.state.replicas import Layout, ModelState, put_buffer
 from lightning_diloco.state.worker import OptimizerState, Worker, parameters_of
 
@@ -70,7 +70,7 @@ def pack(
 
 
 @torch.no_grad()
-def apply(state: Packed, context: SyncContext, algorithm: SyncAlgorithm) -> None:
+def apply(state: RunState, context: SyncContext, algorithm: SyncAlgorithm) -> None:
     """Continues where :func:`pack` was called; the caller publishes θ.
 
     Workers that the file doesn't have start from θ with fresh inner state, with a warning.
@@ -89,7 +89,7 @@ def apply(state: Packed, context: SyncContext, algorithm: SyncAlgorithm) -> None
         group["params"] = [outer.parameters[n] for n in names]
     outer.optimizer.load_state_dict(_copied(state["outer"]["optimizer"]))
     algorithm.load_state_dict(state["algorithm"])
-    workers: Mapping[int, Packed] = state["workers"]
+    workers = state["workers"]
     if state["num_workers"] != context.num_workers:
         warnings.warn(
             f"Resuming {state['num_workers']} workers as {context.num_workers}: new workers start from θ with fresh"
@@ -151,7 +151,7 @@ def _pack_worker(context: SyncContext, w: int, theta: Mapping[str, Tensor], stat
     }
 
 
-def _unpack_worker(packed: Packed, context: SyncContext, w: int) -> None:
+def _unpack_worker(packed: WorkerState, context: SyncContext, w: int) -> None:
     layout, worker = context.replicas.layout, context.inner.workers[w]
     values = context.outer.tensors if packed["parameters"] is None else packed["parameters"]
     context.restart([w], layout.names, values)
@@ -174,9 +174,9 @@ def _unpack_worker(packed: Packed, context: SyncContext, w: int) -> None:
             tensor.copy_(saved[n])
 
 
-def _of_member(packed: Packed, world: World) -> Packed:
+def _of_member(packed: WorkerState, world: World) -> MemberState:
     """The entries of this member of a worker's team; for a team of another size, the nearest thing."""
-    team: list[Packed] = [packed, *packed.get("team", [])]
+    team: list[MemberState] = [packed, *packed.get("team", [])]
     if len(team) == world.team:
         return team[world.member]
     means = {n: mean_of([m["gradients"][n] for m in team]) for n in packed["gradients"]}
@@ -227,7 +227,7 @@ def _unpack_buffers(layout: Layout, state: ModelState, saved: Mapping[str, Mappi
             put_buffer(buffers, k, b if b is None or present is None else b.to(present.device))
 
 
-def _pack_ledger(ledger: Ledger) -> Packed:
+def _pack_ledger(ledger: Ledger) -> ExchangesState:
     return {
         "what": [e.what for e in ledger.entries],
         "steps": torch.tensor([e.local_step for e in ledger.entries], dtype=torch.int64),
@@ -235,7 +235,7 @@ def _pack_ledger(ledger: Ledger) -> Packed:
     }
 
 
-def _unpack_ledger(saved: Packed) -> Ledger:
+def _unpack_ledger(saved: ExchangesState) -> Ledger:
     rows = zip(saved["steps"].tolist(), saved["what"], saved["bytes"].tolist(), strict=True)
     return Ledger([Exchange(step, what, sent) for step, what, sent in rows])
 

@@ -50,6 +50,7 @@ from lightning_diloco.algorithms.report import OuterStepReport
 from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import checkpoint
+from lightning_diloco.engine.file_format import RunState
 from lightning_diloco.engine.progress import BatchProgress
 from lightning_diloco.engine.views import Views
 from lightning_diloco.state.checks import (
@@ -414,7 +415,7 @@ class Engine:
         """``state`` with the outside changes since the last turn."""
         return state if self.views.open or self.finished else self._live_module.pending(state)
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state: RunState) -> None:
         """Continues from a state that :meth:`pack` made; before the first step.
 
         Raises:

@@ -21,7 +21,7 @@ Packed = dict[str, Any]
 class StreamState(TypedDict):
     """torch's generators."""
 
-    cpu: Tensor | None
+    cpu: Tensor
     cuda: Tensor | None
 
 
@@ -106,7 +106,7 @@ class RunState(TypedDict):
     entries: dict[str, int]  # how many keys and items each of these had, at all levels
 
 
-def complete(state: Packed, settings: Packed, loader: Packed | None, state_dict: Mapping[str, Any]) -> Packed:
+def complete(state: Packed, settings: Packed, loader: LoaderState | None, state_dict: Mapping[str, Any]) -> Packed:
     """The state for a file: θ is left out where the file's ``state_dict`` holds the same tensors."""
     theta = state["outer"]["parameters"]
     if all(isinstance(state_dict.get(n), Tensor) and bitwise_equal(state_dict[n], t) for n, t in theta.items()):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_diloco.engine.file_format import TornState
 from lightning_diloco.state.replicas import ModelState
 from lightning_diloco.state.worker import Worker
 
@@ -74,7 +75,7 @@ class BatchProgress:
 
     # ---------------------------------------------------------------------------------------- in a checkpoint
 
-    def state_dict(self, local_steps: int, workers: list[int]) -> dict[str, Any]:
+    def state_dict(self, local_steps: int, workers: list[int]) -> TornState:
         """The state of a torn step, with a warning that says who has taken it.
 
         Args:
@@ -105,7 +106,7 @@ class BatchProgress:
             )
         return {"workers": sorted(self.done), "stepped": self.stepped, "outer_step": self.in_outer_step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TornState) -> None:
         """The reverse of :meth:`state_dict`."""
         self.done, self.stepped = set(state["workers"]), state["stepped"]
 

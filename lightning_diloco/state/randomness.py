@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def process_state() -> dict[str, torch.Tensor | None]:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
-def set_process_state(state: Mapping[str, torch.Tensor | None]) -> None:
+def set_process_state(state: Mapping[str, Any]) -> None:
     """Sets a state of :func:`process_state`; a CUDA state is ignored where there is no CUDA."""
     if state["cpu"] is not None:
         torch.set_rng_state(state["cpu"])
