@@ -1,8 +1,9 @@
 """DiLoCo on PyTorch Lightning: ``Trainer(strategy=DilocoStrategy(num_nodes=4, diloco_interval=500))``.
 
 Reading order: ``strategy`` → ``_lightning/fitting`` → ``fit`` → ``_lightning/loops`` → ``_lightning/turns`` →
-``engine/engine`` → ``state/replicas`` → ``algorithms/diloco`` → ``state/outer`` → ``comm/channel`` → ``comm/means`` →
-``comm/world``. Importing the package registers ``Trainer(strategy="diloco")``.
+``engine/engine`` → ``state/live_module`` → ``state/replicas`` → ``state/worker`` → ``algorithms/base`` →
+``algorithms/diloco`` → ``algorithms/context`` → ``state/outer`` → ``state/policies`` → ``comm/channel`` →
+``comm/means`` → ``comm/world``. Importing the package registers ``Trainer(strategy="diloco")``.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

@@ -212,6 +212,8 @@ def test_links_work_on_a_package_page_and_files_exist(name: str) -> None:
     for file in re.findall(r"`([\w./-]+\.(?:py|md|yaml|txt|toml))`", document):
         if file != "train.py":
             assert any((home / file).exists() for home in homes), file
+    for path in re.findall(r"(?<![\w./-])((?:tests|examples|lightning_diloco|\.github|\.ci)/[\w./-]*\w)", document):
+        assert (ROOT / path).exists() or path == "lightning_diloco/codecs", path  # also within commands
     for folder in re.findall(r"`([\w./]+/)`", document):
         assert any((home / folder).is_dir() for home in homes) or folder == "lightning_diloco/codecs/", folder
 
