@@ -68,6 +68,8 @@ class WorkerTurns:
         trainer = self._trainer
         module = trainer.lightning_module
         owners = [o for o in (module, trainer.datamodule) if o is not None]
+        # An overridden hook may augment at random or read the module, so it needs the worker's stream and weights.
+        # Lightning's own transfer needs neither, and a turn that swaps every tensor would be wasted on it.
         in_turn = any(does_something(o, hook) for hook in _TRANSFER_HOOKS for o in owners)
 
         def move(batch: Any) -> Any:
@@ -105,7 +107,7 @@ class WorkerTurns:
                 outputs = {}
                 for w in counters.each(inputs):
                     with self.turn(w, batches[w]):
-                        if automatic:
+                        if automatic:  # Lightning allows a single optimizer then
                             optimizer = self._trainer.optimizers[0]
                             outputs[w] = self._loop.automatic_optimization.run(optimizer, batch_idx, inputs[w])
                         else:
@@ -122,7 +124,7 @@ class WorkerTurns:
         engine, parameters = fit.engine, self._trainer.lightning_module.parameters
         closures: dict[int, _Finished] = {}
         for w in counters.each(inputs):
-            with self.turn(w, inputs[w].get("batch"), keep_gradients=True):
+            with self.turn(w, inputs[w].get("batch"), keep_gradients=True):  # for the worker's second turn below
                 closure = loop._make_closure(inputs[w], self._trainer.optimizers[0], batch_idx)
                 with fit.team.one_pass(parameters()):
                     closures[w] = _Finished(closure())
@@ -130,7 +132,7 @@ class WorkerTurns:
         engine.before_inner_steps()
         for w in counters.each(inputs):
             with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
-                loop._optimizer_step(batch_idx, closures[w])
+                loop._optimizer_step(batch_idx, closures[w])  # with Lightning's hooks, clipping and precision
             engine.progress.done.add(w)
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 

@@ -106,6 +106,7 @@ class SyncContext:
         """Whether every worker's trainable parameters are θ's, bit for bit: there is nothing to synchronise."""
         theta = self.outer.tensors
         here = all(bitwise_equal(self.replicas.tensors(w)[n], theta[n]) for w in self.local_workers for n in self.names)
+        # agreed between the processes, since the flush that follows is a collective
         return all(self.channel.world.gather_all(f"the end of training after {self.local_steps} local steps", here))
 
     def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
@@ -131,6 +132,8 @@ class SyncContext:
         theta, world = self.outer.tensors, self.channel.world
         norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
+        # Norms, signals and a checksum travel in a single gather, because every gather waits for the slowest process.
+        # Each process computes θ by itself; only the checksum tells that a process has arrived at another θ.
         gathered = world.gather_all(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
         odd = next((r for r, theirs in enumerate(gathered) if theirs[2] != gathered[0][2]), None)
         if odd is not None:
@@ -160,6 +163,7 @@ class SyncContext:
                 stacklevel=2,
             )
         statistics = self.channel.observer = PseudoGradientStatistics(theta)
+        # set last: an error above must leave no open synchronisation
         self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, statistics)
         return good
 
@@ -207,6 +211,7 @@ class SyncContext:
         self.channel.observer = None
         where = f"the end of the synchronisation after {self.local_steps} local steps"
         application = self.policy_application
+        # before any collective of the policies: all processes must choose the same tensors for it
         gathered = self.channel.world.gather_all(where, (application.survey_here(), done.statistics.parts()))
         survey = joined([of_process for of_process, _ in gathered])
         application.synchronise_frozen(done.participants, survey)

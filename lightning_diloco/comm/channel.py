@@ -165,10 +165,12 @@ class Channel:
         if world.size == 1:
             return list(rows.values())
         peers = [r for r in range(world.size) if r % world.team == world.member]
+        # zeros at the end of the last slices, so that all slices have the same width and need no table of lengths
         padded = like.new_zeros((len(rows), width * world.size), dtype=like.dtype.to_real())
         for target, row in zip(padded, rows.values(), strict=True):
             target[: len(row)] = row
         sent = padded.view(len(rows), world.size, width)[:, peers].transpose(0, 1).reshape(-1)
+        # a process that hosts no participant sends nothing, but takes part: the others wait for it in the collective
         counts = {r: sum(w in participants for w in world.hosted_by(r)) if r in peers else 0 for r in range(world.size)}
         received = padded.new_empty(sum(counts.values()) * width)
         nbytes = width * padded.itemsize
@@ -269,7 +271,7 @@ class Channel:
             rank = world.host(partner, world.member)
             for name in names:
                 outgoing, incoming = flat(read(worker)[name]).contiguous(), flat(received[worker][name]).contiguous()
-                operations = [
+                operations = [  # both at once: with one after the other, two processes could both wait in their send
                     dist.P2POp(dist.isend, bytes_of(outgoing), rank),
                     dist.P2POp(dist.irecv, bytes_of(incoming), rank),
                 ]

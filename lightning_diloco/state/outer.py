@@ -29,6 +29,7 @@ class Outer:
 
     def __init__(self, layout: Layout, start: ModelState, factory: OuterFactory) -> None:
         self.state = layout.copy_of(start)
+        # the same storage: a step of the optimizer writes θ itself
         self.parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in self.state.tensors.items()}
         self._trainable = layout.trainable
         for name in self._trainable:
@@ -74,9 +75,9 @@ class Outer:
         """
         for name in names:
             p = self.parameters[name]
-            p.grad = delta[name].to(p.dtype)
+            p.grad = delta[name].to(p.dtype)  # means of half types are float32
         self.optimizer.step()
-        for p in self.parameters.values():
+        for p in self.parameters.values():  # torch's optimizers skip parameters without a gradient in the next step
             p.grad = None
 
     @torch.no_grad()
@@ -88,6 +89,7 @@ class Outer:
     def relayout(self, old: Layout, layout: Layout, present: ModelState) -> None:
         """Changes to ``layout``: remaining parameters keep their values and state, new ones start at ``present``."""
         self.state = layout.copy_of(layout.carried(old, self.state, present))
+        # parameters stay the same objects, because the optimizer's state is keyed by them
         kept = {name: self.parameters[before] for name, before in layout.previous_names(old).items()}
         self.parameters = {
             name: kept.get(name, nn.Parameter(tensor, requires_grad=False))
@@ -99,6 +101,8 @@ class Outer:
 
     def refresh_trainable(self, layout: Layout) -> None:
         """Follows ``requires_grad``: unfrozen parameters join the first group, frozen parameters leave theirs."""
+        # An unfrozen parameter that stayed out would be set back to θ at every synchronisation, and its training lost.
+        # A frozen parameter leaves with its momentum, which would be stale when the parameter is unfrozen again.
         self._trainable = layout.trainable
         wanted = {id(self.parameters[n]): self.parameters[n] for n in self._trainable}
         present = set()
@@ -129,7 +133,7 @@ class Outer:
 
 def is_plain_average(optimizer: Optimizer) -> bool:
     """Whether ``optimizer``'s step on Δ assigns the mean of the replicas; see :attr:`Outer.is_plain_average`."""
-    return type(optimizer) is torch.optim.SGD and all(
+    return type(optimizer) is torch.optim.SGD and all(  # a subclass may step in another way
         group["lr"] == 1 and group["momentum"] == 0 and group["weight_decay"] == 0 and not group["maximize"]
         for group in optimizer.param_groups
     )
@@ -141,7 +145,7 @@ def trial_optimizer(factory: OuterFactory) -> Optimizer:
     Raises:
         TypeError: the factory makes no torch optimizer, or the optimizer's step needs a closure.
     """
-    optimizer = factory([nn.Parameter(torch.zeros(2, 2))])
+    optimizer = factory([nn.Parameter(torch.zeros(2, 2))])  # Muon takes matrices only
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"the factory returned a {type(optimizer).__name__}; it must return a torch.optim.Optimizer")
     if needs_closure(optimizer):

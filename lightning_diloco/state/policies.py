@@ -93,11 +93,13 @@ class PolicyApplication:
         """Synchronises frozen parameters by the policy of buffers, floating ones as floating buffers."""
         read, frozen = self._replicas.tensors, self._replicas.layout.frozen
         local = read(self._channel.world.workers[0])
+        # Tensors that are equal bit for bit stay: sending them would cost bytes, and an all-reduce would round them
+        # (x/3 + x/3 + x/3 may differ from x), though nobody has trained them.
         differing = [n for n in frozen if not self.same(survey, n)]
         averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(local[n])]
         values = self._channel.mean(averaged, read, participants, what=None)
         others = [n for n in differing if n not in values]
-        values |= self._channel.copies_of(participants[0], others, read, like=local)
+        values |= self._channel.copies_of(participants[0], others, read, like=local)  # worker 0 may be left out
         self._outer.assign({**{n: local[n] for n in frozen}, **values})
         if self._policies.buffers != "local":
             self._channel.record("buffers", sum(local[n].nbytes for n in differing))
@@ -127,6 +129,7 @@ class PolicyApplication:
             for w in targets:
                 put_buffer(states[w].buffers[position], name, value)
             put_buffer(theta[position], name, value)
+        # θ follows the buffers that are equal on all workers without a message: any process has the value at hand
         for (position, name), value in states[self._channel.world.workers[0]].named_buffers():
             full = f"{self._replicas.layout.module_names[position]}.{name}"
             if (position, name) not in common and full in survey[participants[0]]:
@@ -149,6 +152,7 @@ class PolicyApplication:
         position = {name: i for i, name in enumerate(layout.module_names)}
         keys = {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}
         differing = [n for n in keys if not self.same(survey, n)]
+        # made from the fingerprints, because the workers hosted here may lack a buffer that the first participant has
         like = {n: torch.empty(leading[n].shape, dtype=leading[n].dtype, device=device) for n in differing}
         averaged = [
             n
@@ -163,7 +167,7 @@ class PolicyApplication:
 
         values = self._channel.mean(averaged, read, participants, what=None, like=like)
         values |= self._channel.copies_of(participants[0], [n for n in differing if n not in values], read, like)
-        return {keys[n]: values[n].to(like[n].dtype) for n in differing}
+        return {keys[n]: values[n].to(like[n].dtype) for n in differing}  # means of half types are float32
 
     def same(self, survey: Survey, name: str) -> bool:
         """Whether the tensor is equal on all workers, bit for bit."""
