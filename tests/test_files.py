@@ -215,7 +215,9 @@ def test_a_disk_that_is_really_full(monkeypatch: Any) -> None:
     def full(path: Any, *args: Any) -> int:
         descriptor = opens(path, *args)
         if str(path).endswith(".part"):
-            os.dup2(opens("/dev/full", os.O_RDWR), descriptor)
+            device = opens("/dev/full", os.O_RDWR)
+            os.dup2(device, descriptor)
+            os.close(device)  # else the lock on the device, which all processes of the machine share, stayed
         return descriptor
 
     monkeypatch.setattr(os, "open", full)
