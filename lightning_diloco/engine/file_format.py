@@ -1,0 +1,235 @@
+"""The format of ``checkpoint["diloco"]``: its keys, and the checks before a run resumes.
+
+:class:`RunState` and the classes in it are the list of keys that packing, checking and applying share. Worker ids are
+global; tensors are copies. Does not own packing (``checkpoint.py``). Imports nothing of Lightning.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
+
+from lightning_diloco.comm.tensors import bitwise_equal
+
+VERSION = 1
+
+Packed = dict[str, Any]
+
+
+class StreamState(TypedDict):
+    """torch's generators."""
+
+    cpu: Tensor | None
+    cuda: Tensor | None
+
+
+class MemberState(TypedDict):
+    """What each process of a worker's team has."""
+
+    random: StreamState | None  # None: N = 1
+    gradients: dict[str, Tensor]  # accumulated since the last step
+
+
+class WorkerState(MemberState):
+    """A worker."""
+
+    parameters: dict[str, Tensor] | None  # None: equal to θ
+    buffers: dict[str, dict[str, Tensor | None]]  # submodule → name → value
+    inner: list[dict[Any, Any]]  # per optimizer: position of the parameter → its state
+    control: list[Any]  # per optimizer or scheduler
+    scaler: Packed | None
+    slots: dict[str, dict[str, Tensor]]
+    team: NotRequired[list[MemberState]]  # the further processes of the worker's team
+
+
+class OuterState(TypedDict):
+    """θ and the outer optimizer."""
+
+    names: list[list[str]]  # per group of the outer optimizer
+    parameters: Any  # dict[str, Tensor]; in files a list of names if ``state_dict`` holds the values
+    buffers: dict[str, dict[str, Tensor | None]]
+    optimizer: Packed
+
+
+class OptimizerDict(TypedDict):
+    """``Optimizer.state_dict()``."""
+
+    state: Packed
+    param_groups: list[Packed]
+
+
+class ExchangesState(TypedDict):
+    """What the workers have sent, a row per exchange."""
+
+    what: list[str]
+    steps: Tensor
+    bytes: Tensor
+
+
+class LoaderState(TypedDict):
+    """The position in the data."""
+
+    epoch: int
+    consumed: int  # batches of the epoch that each worker has trained on
+    cycles: bool  # whether shorter loaders start again
+    loaders: int
+
+
+class TornState(TypedDict):
+    """A step that an error interrupted."""
+
+    workers: list[int]  # those that are done with the batch, which isn't in local_steps
+    stepped: bool  # whether an optimizer has stepped in it
+    outer_step: bool  # whether the outer step was under way
+
+
+class RunState(TypedDict):
+    """A run between turns."""
+
+    version: int
+    settings: Packed  # what the run must be resumed with: the algorithm and the outer optimizer, with their arguments
+    num_workers: int
+    interval: int
+    seed: int
+    local_steps: int
+    round_start: int
+    outer_steps: int
+    torn: TornState
+    exchanges: ExchangesState
+    outer: OuterState
+    algorithm: Packed
+    random: StreamState  # process 0's own torch generators
+    workers: dict[int, WorkerState]
+    loader: LoaderState | None  # None: the user's loaders are served as they are
+    entries: dict[str, int]  # how many keys and items each of these had, at all levels
+
+
+def complete(state: Packed, settings: Packed, loader: Packed | None, state_dict: Mapping[str, Any]) -> Packed:
+    """The state for a file: θ is left out where the file's ``state_dict`` holds the same tensors."""
+    theta = state["outer"]["parameters"]
+    if all(isinstance(state_dict.get(n), Tensor) and bitwise_equal(state_dict[n], t) for n, t in theta.items()):
+        state["outer"]["parameters"] = sorted(theta)
+    state |= {"settings": settings, "loader": loader}
+    return state | {"entries": {key: _entries(value) for key, value in state.items()}}
+
+
+def check(checkpoint: Mapping[str, Any], num_workers: int, settings: Packed, source: str) -> None:
+    """Whether a file can be resumed with N = ``num_workers`` and ``settings``; before anything is touched.
+
+    Raises:
+        ValueError: another format version, missing entries or workers, another N in the middle of a round, another
+            algorithm or outer optimizer, or other arguments of them.
+    """
+    state = checkpoint["diloco"]
+    version = state.get("version")
+    if "version" in state and version != VERSION:
+        raise ValueError(
+            f"{source} has the DiLoCo format version {version!r}; this lightning_diloco reads version {VERSION}."
+            " Resume with the version that wrote it."
+        )
+    missing = list(_missing(state))
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)} in its DiLoCo state: the file is damaged.")
+    missing = list(_missing_beside(checkpoint, state))
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}: the file is damaged.")
+    lost = [w for w in range(state["num_workers"]) if w not in state["workers"]]
+    if lost:
+        raise ValueError(
+            f"{source} was written by {state['num_workers']} workers, but the state of worker"
+            f" {', '.join(map(str, lost))} is missing: the file is damaged."
+        )
+    incomplete = [key for key, size in state["entries"].items() if _entries(state[key]) < size]
+    if incomplete or len(state["entries"]) < len(RunState.__required_keys__) - 1:
+        raise ValueError(
+            f"{source} lacks entries of {', '.join(incomplete) or 'entries'} in its DiLoCo state: the file is damaged."
+        )
+    if state["torn"]["outer_step"]:
+        raise ValueError(
+            f"{source} was saved when the outer step after local step {state['local_steps'] + 1} had been interrupted,"
+            " and its θ may be half moved. Resume from the last file before it."
+        )
+    done = state["local_steps"] - state["round_start"] + bool(state["torn"]["workers"])
+    if num_workers != state["num_workers"] and done:
+        raise ValueError(
+            f"`num_nodes` (={num_workers}) differs from the {state['num_workers']} workers of {source}, which was saved"
+            f" {done} local steps into a round. The number of workers can change only at a synchronisation: resume"
+            f" from a checkpoint of local step {state['round_start']} or {state['round_start'] + state['interval']}."
+        )
+    check_settings(state["settings"], settings, source)
+
+
+def check_settings(saved: Packed, given: Packed, source: str) -> None:
+    """Whether the run that wrote a file had the settings that are given now.
+
+    Raises:
+        ValueError: names those that differ, with both values.
+    """
+    different = [key for key in given if saved.get(key) != given[key]]
+    if not different:
+        return
+    words = [f"`{key}` is {_shown(saved.get(key))} in the file and {_shown(given[key])} now" for key in different]
+    raise ValueError(
+        f"{source} was written with another algorithm or outer optimizer: {'; '.join(words)}. Resume with those of the"
+        " file. To change a number of the outer optimizer, set `trainer.strategy.outer_optimizer.param_groups` in a"
+        " callback's `on_train_start`. To go on with another optimizer or algorithm, start a new fit from the file's"
+        " weights: `module = MyModule.load_from_checkpoint(path); trainer.fit(module, ...)` without `ckpt_path`."
+    )
+
+
+def _shown(value: Any) -> str:
+    """Arguments as in a call."""
+    return ", ".join(f"{k}={v!r}" for k, v in value.items()) or "(none)" if isinstance(value, dict) else str(value)
+
+
+def _missing(state: Packed) -> Iterator[str]:
+    """Names of the keys that are missing, at every level that :func:`apply` reads."""
+    levels: list[tuple[str, Any, Any]] = [
+        ("", state, RunState),
+        ("torn", state.get("torn"), TornState),
+        ("exchanges", state.get("exchanges"), ExchangesState),
+        ("loader", state.get("loader"), LoaderState),
+        ("random", state.get("random"), StreamState),
+        ("outer", state.get("outer"), OuterState),
+        ("outer.optimizer", state.get("outer", {}).get("optimizer"), OptimizerDict),
+    ]
+    for w, worker in state.get("workers", {}).items():
+        levels.append((f"workers[{w}]", worker, WorkerState))
+        members = {f"workers[{w}].team[{i}]": member for i, member in enumerate(worker.get("team", []))}
+        levels += [(at, member, MemberState) for at, member in members.items()]
+        levels += [
+            (f"{at}.random", m.get("random"), StreamState) for at, m in {f"workers[{w}]": worker, **members}.items()
+        ]
+    for at, found, expected in levels:
+        for key in sorted(expected.__required_keys__):
+            if found is not None and key not in found:
+                yield f"{at}.{key}" if at else key
+
+
+def _missing_beside(checkpoint: Mapping[str, Any], state: Packed) -> Iterator[str]:
+    """Names of Lightning's keys that are missing; a file with a DiLoCo state was written with all of them."""
+    paths = [["state_dict"], ["optimizer_states"], ["lr_schedulers"], ["loops", "fit_loop", "state_dict"]]
+    theta = state["outer"]["parameters"]
+    paths += [["state_dict", n] for n in (theta if isinstance(theta, list) else [])]
+    for path in paths:
+        found: Any = checkpoint
+        for key in path:
+            if key not in found:
+                yield "/".join(path)
+                break
+            found = found[key]
+
+
+def _entries(value: Any) -> int:
+    """How many keys and items ``value`` has, at all levels."""
+    if not isinstance(value, (dict, list, tuple)):
+        return 0
+    return len(value) + sum(map(_entries, value.values() if isinstance(value, dict) else value))
+
+
+def restore_repeated(state: Packed, state_dict: Mapping[str, Any]) -> None:
+    """Puts θ in, where :func:`complete` left it out."""
+    theta = state["outer"]["parameters"]
+    if isinstance(theta, list):
+        state["outer"]["parameters"] = {n: state_dict[n].detach().clone() for n in theta}
