@@ -126,7 +126,7 @@ class SyncContext:
         """
         started = time.perf_counter()
         theta, world = self.outer.tensors, self.channel.world
-        norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
+        norms = {w: euclidean_norm(self.pseudo_gradient(w), self.names) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
         gathered = world.gather_all(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
         odd = next((r for r, theirs in enumerate(gathered) if theirs[2] != gathered[0][2]), None)
@@ -137,7 +137,7 @@ class SyncContext:
             )
         world.known_signals = set().union(*(signals for _, signals, _ in gathered))
         norms = self._joined_norms([theirs for theirs, _, _ in gathered])
-        scale = euclidean_norm(theta[n] for n in self.names)
+        scale = euclidean_norm(theta, self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
         tolerant = self.num_workers == 1 or self.policies.nonfinite == "propagate"
         bad = [w for w in self.workers if not (tolerant or math.isfinite(norms[w]))]
