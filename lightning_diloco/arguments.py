@@ -152,7 +152,8 @@ def _plain_value(value: Any, depth: int) -> Any:
         return text
     if hasattr(value, "__dict__"):
         return {"class": class_name(type(value)), **plain_value(vars(value), depth)}
-    return class_name(type(value)) if type(value).__repr__ is object.__repr__ else plain
+    name = class_name(type(value))
+    return name if plain.endswith(f"{type(value).__qualname__} object>") else plain
 
 
 def _without_addresses(text: str) -> str:

@@ -412,7 +412,7 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [  # what wrote
 
 
 def halves(first: bool) -> Any:
-    """A factory of an outer optimizer with two groups of the same settings; ``first`` puts the first parameter alone."""
+    """A factory of two outer groups of the same settings; ``first`` puts the first parameter alone, else the last."""
 
     def make(parameters: Any) -> torch.optim.Optimizer:
         listed = list(parameters)
@@ -430,7 +430,7 @@ def test_parameters_in_another_group_of_the_outer_optimizer_are_refused(first: b
     if first:
         resume()
         return
-    with pytest.raises(ValueError, match="`parameters of the outer optimizer` is .*='group 1'.* in the file and .*"):
+    with pytest.raises(ValueError, match=r"`parameters of the outer optimizer` is .*='group 1'.* in the file and .*"):
         resume()
 
 
@@ -457,8 +457,8 @@ def recursive() -> list[Any]:
 
 
 VALUES = {
-    "numpy generator": (lambda: np.random.default_rng(), "Generator(PCG64)"),
-    "numpy state": (lambda: np.random.RandomState(), "RandomState(MT19937)"),  # noqa: NPY002
+    "numpy generator": (np.random.default_rng, "Generator(PCG64)"),
+    "numpy state": (np.random.RandomState, "RandomState(MT19937)"),
     "torch generator": (torch.Generator, "Generator"),
     "python generator": (random.Random, "random.Random"),
     "keys": (

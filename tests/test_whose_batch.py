@@ -5,11 +5,28 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from loaders import N, Numbers, Recorder, Weighted, each_epoch, fit, flat, own_loader, round_robin, skip_fifth, tens
+from helpers import trainer
+from loaders import (
+    N,
+    Numbers,
+    Recorder,
+    Weighted,
+    as_lists,
+    each_epoch,
+    fit,
+    flat,
+    own_loader,
+    round_robin,
+    skip_fifth,
+    tens,
+)
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_diloco import DilocoStrategy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
@@ -212,6 +229,88 @@ def test_samplers_of_the_user_are_drawn_once_per_epoch_for_own_loaders_too():
     for epoch in range(2):
         shards = round_robin(sampler.drawn[epoch])
         assert [flat(model.seen[epoch, w]) for w in range(N)] == shards
+
+
+class Repeats:
+    """A batch sampler that repeats another without an end; has no length."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.sampler
+
+
+class Endless(DataLoader):
+    """Keeps its iterator, and with it its processes, for all epochs, as the loaders of timm and ultralytics do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", Repeats(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+    def __del__(self) -> None:
+        for process in getattr(self.iterator, "_workers", []):
+            process.terminate()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_loaders_that_keep_their_iterator_for_all_epochs(processes, distributed, tmp_path):
+    class Looks(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if processes == 0:
+                read.append(as_lists(next(iter(trainer.train_dataloader))))
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def run(**kwargs: Any) -> Any:
+        data = Endless(Numbers(30), 2, shuffle=True, num_workers=processes)
+        t = trainer(DilocoStrategy(N, 2), use_distributed_sampler=distributed, callbacks=[Looks()])
+        t.fit(model := Recorder(), data, **kwargs)
+        return model
+
+    L.seed_everything(5, verbose=False)
+    read: list[Any] = []
+    model = run()
+    assert model.during["batches"] == model.during["len"] == 5
+    for epoch in (0, 1):
+        shards = [flat(model.seen[epoch, w]) for w in range(N)]
+        assert [len(s) for s in shards] == [10] * N
+        assert sorted(flat(shards)) == list(range(30))
+    assert model.seen[0, 0] != model.seen[1, 0]
+    assert read == [model.seen[e, 0][0] for e in (0, 1) if processes == 0]
+    resumed = run(ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.seen == {(1, w): model.seen[1, w][2:] for w in range(N)}
+
+
+def test_batches_that_dont_suffice_for_a_round_are_completed_from_the_next_repetition():
+    model = fit(Endless(Numbers(20), 2), max_epochs=2)  # 10 batches
+    expected = round_robin([[j, j + 1] for j in [*range(0, 20, 2), 0, 2]])
+    assert model.seen == each_epoch(lambda _: expected)
+
+
+def test_a_loader_that_keeps_its_iterator_and_reads_a_part_of_it_is_a_stream():
+    class Part(Endless):
+        def __len__(self) -> int:
+            return 3
+
+    model = fit(Part(Numbers(12), 2), max_epochs=3)
+    assert [flat(model.seen[e, w] for w in range(N)) for e in range(3)] == [
+        [[0, 1], [2, 3], [4, 5]],
+        [[6, 7], [8, 9], [10, 11]],
+        [[0, 1], [2, 3], [4, 5]],
+    ]
 
 
 class Rows(Dataset):

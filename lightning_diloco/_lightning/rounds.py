@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DistributedSampler, Sampler
 
 from lightning_diloco.state.randomness import RandomStream, derive_seed
@@ -22,6 +23,7 @@ ONCE = (
     "The training data come from a {iterator}, which can be read only once: `trainer.train_dataloader` would take"
     " batches away from the training. Pass an object whose `__iter__` starts again."
 )
+_NESTED = 3  # a sampler in a batch sampler in a batch sampler that repeats it
 
 
 class Rounds(Protocol):
@@ -87,15 +89,27 @@ class ShardedRounds:
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        for sampler in (self._base, getattr(self._base, "sampler", None)):
+        sampler = self._base
+        for _ in range(_NESTED):
             if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(epoch)  # type: ignore[union-attr]
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "sampler", None)
 
     def copied(self) -> "ShardedRounds":
         twin = copy.copy(self)
-        twin._base = independent(self._base)
-        if isinstance(getattr(twin._base, "sampler", None), Sampler):
-            twin._base.sampler = independent(twin._base.sampler)
+        twin._base = holder = independent(self._base)
+        for _ in range(_NESTED):
+            if isinstance(getattr(holder, "sampler", None), Sampler):
+                holder.sampler = holder = independent(holder.sampler)
+        return twin
+
+    def once(self) -> "ShardedRounds | None":
+        """The rounds of the sampler inside, where the sampler has no length: it may repeat the other without an end."""
+        inside = getattr(self._base, "sampler", None)
+        if sized_len(self._base) is not None or inside is None:
+            return None
+        twin = copy.copy(self)
+        twin._base = inside
         return twin
 
 

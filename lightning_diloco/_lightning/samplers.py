@@ -49,8 +49,9 @@ class WorkerSampler(Sampler[Any]):
 
     @property
     def sampler(self) -> "WorkerSampler":
-        """The object on which Lightning calls ``set_epoch``."""
-        return self
+        """The sampler inside a batch sampler that repeats it without an end: loaders ask it for their length."""
+        once = self._rounds.once() if isinstance(self._rounds, ShardedRounds) else None
+        return self if once is None else WorkerSampler(once, self._shards, self.batch_size, self.drop_last)
 
     def __iter__(self) -> Iterator[Any]:
         self.left = 0

@@ -62,7 +62,7 @@ class Trace:
     """
 
     def __init__(self, loader: str, workers: Sequence[int], sampler: WorkerSampler, plan: ShardPlan) -> None:
-        self._loader, self._workers, self._sampler, self._plan = loader, workers, sampler, plan
+        self._loader, self._workers, self.sampler, self._plan = loader, workers, sampler, plan
         self.start()
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class Trace:
         self._waiting: deque[int] = deque()  # workers of the batches that were fetched and not yet yielded, in order
         self._observed = False  # whether torch's iterators report what they fetch; else the sampler's count tells
         self._fetched = self._fetched_before = self._yielded = self._unclear = 0
-        self._sampler.drawn = 0
+        self.sampler.drawn = 0
 
     def fetch(self, place: int, batch: Any) -> None:
         """Torch's iterator has fetched ``batch``, its ``place``-th."""
@@ -85,7 +85,7 @@ class Trace:
     def group(self, batches: Iterator[Any]) -> Iterator[WorkerBatches]:
         """Yields a batch of each worker as soon as every worker has a batch."""
         first = list(islice(batches, 1))
-        if first and not self._fetched and not self._sampler.drawn:
+        if first and not self._fetched and not self.sampler.drawn:
             if self._plan.partition is not None:
                 problem = f"the `__iter__` of {self._loader} doesn't ask the loader's sampler"
                 raise ValueError(NO_PARTITION.format(problem=problem))
@@ -107,9 +107,9 @@ class Trace:
 
     def _assign(self, batch: Any, counts: Mapping[int, int]) -> int:
         if not self._observed:
-            drawn = range(self._fetched, self._sampler.drawn)
+            drawn = range(self._fetched, self.sampler.drawn)
             self._waiting.extend(self._workers[j % len(self._workers)] for j in drawn)
-            self._fetched = self._sampler.drawn
+            self._fetched = self.sampler.drawn
         since, self._fetched_before = self._fetched - self._fetched_before, self._fetched
         self._yielded += 1
         workers = {self._worker_of.get(leaf) for leaf in _recognisable(batch)} - {None}
