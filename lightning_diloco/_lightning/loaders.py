@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_diloco._lightning.grouping import WorkerBatches
 from lightning_diloco._lightning.reading import copied, read
 from lightning_diloco._lightning.rounds import independent
-from lightning_diloco._lightning.samplers import WorkerSampler
+from lightning_diloco._lightning.samplers import FirstWorkersSampler, WorkerSampler
 from lightning_diloco._lightning.tracing import has_custom_iter
 from lightning_diloco.fit import ShardPlan
 from lightning_diloco.state.randomness import RandomStream, derive_seed
@@ -151,7 +151,7 @@ class FirstWorkersLoader:
             raise AttributeError(name)
         sharded = vars(self)["_sharded"]
         if sharded._sampler is not None and vars(sharded._source).get(name) is sharded._sampler:
-            return sharded._sampler.of(sharded._plan.shards_here[:1])
+            return FirstWorkersSampler(getattr(sharded._loader, name), sharded._sampler, sharded._plan.shards_here[:1])
         return getattr(sharded._source, name)
 
     @override

@@ -143,20 +143,35 @@ class RankRounds:
         for item, copied in zip(self._items, self._samplers, strict=True):
             if batches is not None:
                 item.sampler = copied
+        pairs = [(sampler, self._samplers)] + ([] if batches is None else [(batches, self._items)])
+        self._followed = [(x, dict(getattr(x, "__dict__", {})), copies) for x, copies in pairs]
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
+        self._follow()
         return zip(*self._items, strict=True)
 
     def __len__(self) -> int:
+        self._follow()
         return len(self._items[0])
+
+    def _follow(self) -> None:
+        """Hands on which attributes of the user's objects have been set, as hooks do that change batches' sizes."""
+        for original, known, copies in self._followed:
+            for name, value in getattr(original, "__dict__", {}).items():
+                if name not in ("epoch", "rank", "sampler") and known.get(name, known) is not value:
+                    for copied in copies:
+                        setattr(copied, name, value)
+            known.update(getattr(original, "__dict__", {}))
 
     def set_epoch(self, epoch: int) -> None:
         for sampler in self._samplers:
             sampler.set_epoch(epoch)
 
     def copied(self) -> "RankRounds":
+        self._follow()
         twin = copy.copy(self)
         twin._items = [independent(item) for item in self._items]
+        twin._followed = []
         return twin
 
 
