@@ -1,5 +1,6 @@
 """Whose batch is it: loaders that don't yield what they fetch, in the order in which they fetch it."""
 
+import re
 import time
 from collections.abc import Iterator
 from itertools import islice, pairwise
@@ -152,6 +153,57 @@ def test_what_cant_be_told_apart_is_said_with_counts(change, yielded, fetched):
     assert told[0].startswith(
         f"The `__iter__` of Loader fetched {fetched} batch(es) of an epoch and yielded {yielded},"
     )
+
+
+def shuffled_copies(batches: Any) -> Iterator[Any]:
+    """A shuffle buffer."""
+    held: list[Any] = []
+    for batch in batches:
+        held.append(batch.clone())
+        if len(held) == 4:
+            yield held.pop(1)
+    yield from held
+
+
+def sorted_copies(batches: Any) -> Iterator[Any]:
+    return iter(sorted((batch.clone() for batch in batches), key=lambda b: -b.sum()))
+
+
+def chunks(batches: Any) -> Iterator[Any]:
+    return (chunk for batch in batches for chunk in batch.split(1))
+
+
+def twice(batches: Any) -> Iterator[Any]:
+    return (twin for batch in batches for twin in (batch, batch.clone()))
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "limit", "numbers"),
+    [
+        (shuffled_copies, 1.0, "fetched 15 batch(es) of an epoch and yielded 15, 15 of them"),
+        (sorted_copies, 1.0, "fetched 15 batch(es) of an epoch and yielded 15, 15 of them"),
+        (chunks, 1.0, r"fetched \d+ batch(es) of an epoch and yielded \d+, \d+ of them"),  # `len` ends the pass
+        (twice, 1.0, r"fetched \d+ batch(es) of an epoch and yielded \d+, \d+ of them"),
+        (skip_and_change, 3, "fetched 10 batch(es) of an epoch and yielded 9, 9 of them"),
+        (merged, 2, "fetched 12 batch(es) of an epoch and yielded 6, 6 of them"),
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_reordered_and_abandoned_new_objects_are_said_with_counts(change, limit, numbers, processes, epochs):
+    data = own_loader(change)(Numbers(30), 2, num_workers=processes)
+    with pytest.warns(UserWarning, match="can't be told") as warnings:
+        fit(data, max_epochs=epochs, limit_train_batches=limit)
+    told = [str(w.message) for w in warnings if "can't be told" in str(w.message)]
+    numbers = numbers.replace("(es)", r"\(es\)")
+    assert [bool(re.match(f"The `__iter__` of Loader {numbers}", message)) for message in told] == [True] * epochs
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1.0])
+@pytest.mark.parametrize("change", [read_ahead, lambda it: (2 * b for b in it), lambda it: it])
+def test_batches_in_order_are_not_worth_a_word_wherever_a_pass_ends(change, limit):
+    model = fit(own_loader(change)(Numbers(30), 2), limit_train_batches=limit)
+    assert len(model.seen[1, 0]) == (5 if limit == 1.0 and type(limit) is float else limit)
 
 
 @pytest.mark.parametrize(

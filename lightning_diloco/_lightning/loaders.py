@@ -22,6 +22,21 @@ from lightning_diloco.fit import ShardPlan
 from lightning_diloco.state.randomness import RandomStream, derive_seed
 
 
+class _Pass(Iterator[WorkerBatches]):
+    """A pass over a loader. A copy, as of a Trainer in a hook, is at its end: generators can't be copied."""
+
+    def __init__(self, groups: Iterator[WorkerBatches]) -> None:
+        self._groups = groups
+
+    @override
+    def __next__(self) -> WorkerBatches:
+        return next(self._groups)
+
+    @override
+    def __reduce__(self) -> Any:
+        return _Pass, (iter(()),)
+
+
 @dataclass
 class _Place:
     """The place in the data at which the next ``iter()`` starts."""
@@ -66,7 +81,7 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[WorkerBatches]:
         skip, self._place.skip = self._place.skip, 0
-        return self._cycled(skip) if skip and self._place.cycles else self._read(skip)
+        return _Pass(self._cycled(skip) if skip and self._place.cycles else self._read(skip))
 
     def _read(self, skip: int) -> Iterator[WorkerBatches]:
         return read(self._source, self._sampler, self._plan, self._plan.workers, self._place.epoch, skip)
@@ -110,6 +125,12 @@ class ShardedLoader:
             self._sampler.set_epoch(epoch)
         else:
             _set_sampler_epoch(self._loader, epoch)
+
+    def abandon(self) -> None:
+        """The last pass is over."""
+        trace = getattr(self._source, "__dict__", {}).get("_trace")
+        if trace is not None:
+            trace.abandon()
 
     def state_dict(self) -> dict[str, int]:
         """Makes Lightning see a loader that can resume; the position itself comes from the training loop's progress."""
