@@ -49,7 +49,7 @@ def _forget_iterators(copy: Any) -> None:
     They read the user's sampler, not the workers'. Such loaders stop after ``len``, and their batch sampler repeats
     itself; where ``len`` isn't the length of a repetition, passes continue each other, and the loader is a stream.
     """
-    names = vars(copy).setdefault("_iterators_of_all_passes", [])
+    names = vars(copy).setdefault("diloco_kept_iterators", [])
     names += [name for name, value in vars(copy).items() if hasattr(value, "_sampler_iter")]
     length = sized_len(copy)
     if length is None or length != sized_len(copy._trace.sampler.sampler):
@@ -80,7 +80,7 @@ def read(
     if trace is not None:
         trace.start()
         with stream.active():
-            vars(source).update({name: DataLoader.__iter__(source) for name in source._iterators_of_all_passes})
+            vars(source).update({name: DataLoader.__iter__(source) for name in source.diloco_kept_iterators})
     batches = _drawing_from(stream, source)
     return islice(group_by_place(batches, plan, workers) if trace is None else trace.group(batches), skip, None)
 
