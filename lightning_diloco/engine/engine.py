@@ -454,6 +454,11 @@ class Engine:
         return self._outer.optimizer
 
     @property
+    def outer_parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """Parameter name → the parameter of θ that the outer optimizer moves."""
+        return self._outer.parameters
+
+    @property
     def outer_tensors(self) -> Mapping[str, Tensor]:
         """Parameter name → tensor of θ; not to be written to."""
         return self._outer.tensors
