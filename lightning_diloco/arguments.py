@@ -5,6 +5,7 @@ Every error names the value, the rule and the fix. Imports nothing of Lightning.
 
 import inspect
 import operator
+import random
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_diloco.algorithms import SyncAlgorithm
+from lightning_diloco.engine.file_format import GROUPING
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
 Reduction = Literal["auto", "ordered", "all_reduce"]
@@ -80,10 +82,20 @@ def configured(algorithm: SyncAlgorithm, factory: OuterFactory) -> dict[str, Any
     }
 
 
-def configured_groups(optimizer: Optimizer) -> dict[str, Any]:
-    """The same for the parameter groups of an outer optimizer that has just been made."""
+def configured_groups(optimizer: Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Any]:
+    """The same for the parameter groups of an outer optimizer that has just been made.
+
+    Args:
+        optimizer: the outer optimizer.
+        parameters: θ's parameters by name.
+    """
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return {"groups of the outer optimizer": {f"group {i}": plain_value(group) for i, group in enumerate(groups)}}
+    group_of = {id(p): f"group {i}" for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    grouping = {name: group_of[id(p)] for name, p in parameters.items() if id(p) in group_of}
+    return {
+        "groups of the outer optimizer": {f"group {i}": plain_value(group) for i, group in enumerate(groups)},
+        GROUPING: grouping if len(groups) > 1 else {},
+    }
 
 
 def _arguments_of(algorithm: SyncAlgorithm) -> dict[str, Any]:
@@ -95,41 +107,66 @@ def _arguments_of(algorithm: SyncAlgorithm) -> dict[str, Any]:
     return {n: attributes[key] for n, key in found.items()} if len(found) == len(names) else attributes
 
 
-def plain_value(value: Any, depth: int = 5) -> Any:
+def plain_value(value: Any, depth: int = 6) -> Any:
     """``value`` as numbers, strings, lists and dicts, which are the same in every process and load from any file.
+
+    Objects deeper than ``depth`` count by their class, and so do random generators: their state is the run's.
 
     >>> plain_value({"lr": torch.tensor(0.5), "cls": torch.optim.SGD, "betas": (0.9, 0.95)})
     {'lr': 0.5, 'cls': 'SGD', 'betas': [0.9, 0.95]}
     """
-    if value is None or isinstance(value, (bool, str)):
+    try:
+        return _plain_value(value, depth)
+    except Exception:  # the objects are the user's, and any question to them may raise
+        return class_name(type(value))
+
+
+def _plain_value(value: Any, depth: int) -> Any:
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # without a subclass, which files may refuse to load
     if isinstance(value, (Integral, Real)):  # numpy's, too
         number = int(value) if isinstance(value, Integral) else float(value)
         return number if number == number else "nan"  # which equals itself
+    if isinstance(getattr(value, "__qualname__", None), str):
+        return class_name(value)
+    if not depth or isinstance(value, (torch.Generator, random.Random)):
+        return class_name(type(value))
     if hasattr(value, "tolist"):  # tensors and arrays
-        return plain_value(value.tolist())
+        try:
+            items = value.tolist()
+        except Exception:  # those without plain data: meta and sparse tensors
+            return _without_addresses(repr(value))
+        return plain_value(items, depth - 1 + getattr(value, "ndim", 0))
     if isinstance(value, (list, tuple)):
-        return [plain_value(v, depth) for v in value]
+        return [plain_value(v, depth - 1) for v in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((plain_value(v, depth) for v in value), key=repr)
+        return sorted((plain_value(v, depth - 1) for v in value), key=repr)
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else repr(k): plain_value(v, depth) for k, v in value.items()}
+        return {str(plain_value(k, depth - 1)): plain_value(v, depth - 1) for k, v in value.items()}
     if isinstance(value, partial):
         return plain_value([value.func, value.args, value.keywords], depth)
-    if hasattr(value, "__qualname__"):
-        return class_name(value)
-    if hasattr(value, "__dict__") and " at 0x" in repr(value) and depth:
-        return {"class": class_name(type(value)), **plain_value(vars(value), depth - 1)}
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    text = repr(value)
+    plain = _without_addresses(text)
+    if plain == text:
+        return text
+    if hasattr(value, "__dict__"):
+        return {"class": class_name(type(value)), **plain_value(vars(value), depth)}
+    name = class_name(type(value))
+    return name if plain.endswith(f"{type(value).__qualname__} object>") else plain
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text, flags=re.IGNORECASE)  # numpy's are in upper case
 
 
 def class_name(value: Any) -> str:
-    """A class's or function's name with its module, unless that is torch's, ours, or the script itself."""
-    known = value.__module__ is None or value.__module__.split(".")[0] in _PLAIN_MODULES
-    return str(value.__qualname__ if known else f"{value.__module__}.{value.__qualname__}")
-
-
-_PLAIN_MODULES = ("torch", "lightning_diloco", "builtins", "__main__", "__mp_main__")  # the last: a started process
+    """A class's or function's name with its module, unless that is torch's or ours; ``__main__`` is the script."""
+    module = getattr(value, "__module__", None)
+    if not isinstance(module, str) or module.split(".")[0] in ("torch", "lightning_diloco", "builtins"):
+        return str(value.__qualname__)
+    return f"{'__main__' if module == '__mp_main__' else module}.{value.__qualname__}"  # the latter: started processes
 
 
 def as_integer(value: Any) -> int | None:

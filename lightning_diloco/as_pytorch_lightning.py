@@ -20,9 +20,9 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from importlib.abc import Loader
+from importlib.abc import InspectLoader, Loader
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from typing_extensions import override
 
@@ -47,6 +47,13 @@ class _Alias(metadata.DistributionFinder, Loader):
         real = _real_name(module.__name__)
         assert real is not None
         sys.modules[module.__name__] = importlib.import_module(real)  # importlib returns what it finds there
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """For ``python -m`` and ``runpy``, which run the code of a module again."""
+        real = _real_name(fullname)
+        spec = None if real is None else importlib.util.find_spec(real)
+        loader = None if spec is None else spec.loader
+        return loader.get_code(fullname if spec is None else spec.name) if isinstance(loader, InspectLoader) else None
 
     @override
     def find_distributions(self, context: metadata.DistributionFinder.Context = _ANY) -> list[metadata.Distribution]:
@@ -73,7 +80,10 @@ def _install() -> None:
     for alias, real in _PACKAGES.items():
         sys.modules[alias] = importlib.import_module(real)
         for part in _OF_THE_DISTRIBUTION:
-            sys.modules[f"{alias}.{part}"] = importlib.import_module(f"lightning.{part}")
+            module = importlib.import_module(f"lightning.{part}")
+            sys.modules[f"{alias}.{part}"] = module
+            if not hasattr(sys.modules[alias], part):  # `__version__` is there, as the number
+                setattr(sys.modules[alias], part, module)
     sys.meta_path.insert(0, _Alias())
 
 

@@ -188,7 +188,7 @@ class Fit:
             world=self.world,
             ordered=self._ordered,
         )
-        groups = configured_groups(self.started.outer_optimizer)
+        groups = configured_groups(self.started.outer_optimizer, self.started.outer_parameters)
         if self._resumed is not None:
             file_format.check_settings(self._resumed["settings"], groups, "The checkpoint")
             self.started.resume(self._resumed)

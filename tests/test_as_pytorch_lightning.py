@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import warnings
@@ -94,6 +95,22 @@ def test_every_way_to_import_gives_the_same_module(tmp_path: Path) -> None:
         return [pl.__version__, importlib.import_module("pytorch_lightning.__version__").version, *versions]
 
     assert in_a_process(ways, tmp_path) == [L.__version__] * 5
+
+
+@pytest.mark.processes
+def test_modules_run_by_name_and_the_about_is_an_attribute(tmp_path: Path) -> None:
+    def ask() -> list[str]:
+        alias()
+        import pytorch_lightning as pl
+
+        again = runpy.run_module("pytorch_lightning.utilities.seed")
+        assert again["__name__"] == "pytorch_lightning.utilities.seed"
+        assert runpy.run_module("lightning_fabric.utilities.seed", run_name="__main__")["__name__"] == "__main__"
+        with pytest.raises(ImportError, match=r"No module named pytorch_lightning\.nothing"):
+            runpy.run_module("pytorch_lightning.nothing")
+        return [pl.__about__.__name__, importlib.import_module("lightning_fabric").__about__.__name__]
+
+    assert in_a_process(ask, tmp_path) == ["lightning.__about__"] * 2
 
 
 @pytest.mark.processes

@@ -1,7 +1,10 @@
 """Is an interrupted run, resumed from its file, the uninterrupted run, bit for bit?"""
 
 import copy
+import random
 from collections.abc import Iterator
+from contextlib import nullcontext
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_diloco import Diloco, DilocoStrategy
+from lightning_diloco.arguments import plain_value
 from lightning_diloco.engine import file_format as checkpoint_format
 
 SEED = 5
@@ -403,6 +407,107 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [  # what wrote
         ["{'class': 'test_checkpoints.Codec', 'bits': 4}", "'bits': 8"],
     ),
 ]
+
+
+def halves(first: bool) -> Any:
+    """A factory of two outer groups of the same settings; ``first`` puts the first parameter alone, else the last."""
+
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        listed = list(parameters)
+        cut = 1 if first else len(listed) - 1
+        groups = [{"params": part} for part in (listed[:cut], listed[cut:]) if part]
+        return torch.optim.SGD(groups, lr=0.5)
+
+    return make
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_parameters_in_another_group_of_the_outer_optimizer_are_refused(first: bool) -> None:
+    run({"strategy": {"outer_optimizer_cls": halves(True)}}, [Save("on_train_batch_end", {7})])
+    resume = partial(run, {"strategy": {"outer_optimizer_cls": halves(first)}}, [], ckpt_path="7.ckpt")
+    if first:
+        resume()
+        return
+    with pytest.raises(ValueError, match=r"`parameters of the outer optimizer` is .*='group 1'.* in the file and .*"):
+        resume()
+
+
+class Raises:
+    """Answers no question."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no ==")
+
+    __hash__ = object.__hash__
+
+
+class Slots:
+    __slots__ = ("x",)
+
+
+def recursive() -> list[Any]:
+    items: list[Any] = [1]
+    items.append(items)
+    return items
+
+
+VALUES = {
+    "numpy generator": (np.random.default_rng, "Generator(PCG64)"),
+    "numpy state": (np.random.RandomState, "RandomState(MT19937)"),
+    "torch generator": (torch.Generator, "Generator"),
+    "python generator": (random.Random, "random.Random"),
+    "keys": (
+        lambda: {(lambda: 1): 1, Slots(): 2, torch.mean: 3, np.random.default_rng(): 4},
+        {
+            "test_checkpoints.<lambda>.<locals>.<lambda>": 1,
+            "test_checkpoints.Slots": 2,
+            "_VariableFunctionsClass.mean": 3,
+            "Generator(PCG64)": 4,
+        },
+    ),
+    "method": (lambda: torch.Tensor.mean, "TensorBase.mean"),
+    "classes with tolist": (lambda: [torch.Tensor, np.ndarray], ["Tensor", "numpy.ndarray"]),
+    "meta": (lambda: torch.zeros(2, device="meta"), "tensor(..., device='meta', size=(2,))"),
+    "many dimensions": (lambda: torch.ones((1,) * 8), [[[[[[[[1.0]]]]]]]]),
+    "recursive": (recursive, [1, [1, [1, [1, [1, [1, "list"]]]]]]),
+    "raises": (
+        lambda: {"a": Raises(), "b": [Raises()]},
+        {"a": "test_checkpoints.Raises", "b": ["test_checkpoints.Raises"]},
+    ),
+    "too large": (lambda: Fraction(10**400), "fractions.Fraction"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_value_has_a_description_that_is_the_same_in_every_process(name: str) -> None:
+    make, expected = VALUES[name]
+    objects = [make() for _ in range(2)]  # at two addresses
+    assert [plain_value(o) for o in objects] == [expected] * 2
+
+
+def test_sparse_tensors_have_a_description() -> None:
+    one, other = (plain_value(torch.tensor([0.0, x]).to_sparse()) for x in (1.0, 2.0))
+    assert isinstance(one, str)
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    ("file", "now", "same"),
+    [
+        ("__main__.Mean", "train.Mean", True),
+        ("train.Mean", "__main__.Mean", True),
+        ("__main__.Mean", "src.train.Mean", True),
+        ("__main__.SGD", "SGD", False),  # torch's
+        ("train.Mean", "other.Mean", False),
+    ],
+)
+def test_a_class_of_the_script_is_the_class_of_the_imported_script(file: str, now: str, same: bool) -> None:
+    settings = [{"algorithm": name, "arguments of the algorithm": {"of": [name, 1]}} for name in (file, now)]
+    with nullcontext() if same else pytest.raises(ValueError, match="was written with another algorithm"):
+        checkpoint_format.check_settings(*settings, "The file")
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

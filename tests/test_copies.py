@@ -3,15 +3,16 @@
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
 
 from lightning_diloco import Diloco, DilocoStrategy
 from lightning_diloco._lightning.io import AtomicCheckpointIO
@@ -169,6 +170,46 @@ def test_a_trainer_can_be_copied_and_its_copy_trains(how: str, num_nodes: int) -
     before.fit(module, loader())
     assert_same(copy_of(module.state_dict()), expected)
     assert before.strategy.precision_plugin.precision == "bf16-mixed"
+
+
+class Iterates(DataLoader):
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
+class Copies(L.Callback):
+    """Copies the Trainer after two steps."""
+
+    made: ClassVar[list[L.Trainer]] = []
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step in (2, 3):
+            self.made.extend([copy.deepcopy(trainer), pickle.loads(pickle.dumps(trainer))])
+
+
+class Rows:
+    """A stream without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3])
+@pytest.mark.parametrize("make", [loader, lambda: Iterates(regression_data(), 4), Rows])
+def test_a_trainer_can_be_copied_while_batches_are_read(make: Any, num_nodes: int) -> None:
+    def run(*callbacks: Any) -> Any:
+        L.seed_everything(3, verbose=False)
+        strategy = DilocoStrategy(num_nodes, 2, outer_optimizer_kwargs={"lr": 1.0})
+        trainer(strategy, max_epochs=1, callbacks=list(callbacks)).fit(module := Net(torch.optim.Adam), make())
+        return copy_of(module.state_dict())
+
+    Copies.made.clear()
+    assert_same(run(Copies()), run())
+    assert len(Copies.made) == 4
+    for twin in Copies.made[1:3]:
+        assert twin.global_step in (2, 3)
+        twin.callbacks = []
+        twin.fit(Net(), loader())
 
 
 def test_a_copied_trainer_of_several_processes_says_that_it_starts_none() -> None:

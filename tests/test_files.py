@@ -1,6 +1,7 @@
 """Are checkpoint files whole, on every file system, and does nothing else stay or get in the way?"""
 
 import errno
+import io
 import os
 import pickle
 import signal
@@ -215,13 +216,46 @@ def test_a_disk_that_is_really_full(monkeypatch: Any) -> None:
     def full(path: Any, *args: Any) -> int:
         descriptor = opens(path, *args)
         if str(path).endswith(".part"):
-            os.dup2(opens("/dev/full", os.O_RDWR), descriptor)
+            device = opens("/dev/full", os.O_RDWR)
+            os.dup2(device, descriptor)
+            os.close(device)  # else the lock on the device, which all processes of the machine share, stayed
         return descriptor
 
     monkeypatch.setattr(os, "open", full)
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*x.ckpt'$"):
         AtomicCheckpointIO().save_checkpoint(LARGE, "x.ckpt")
     assert os.listdir() == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="a folder of Linux in which no file can be made")
+def test_a_folder_that_takes_no_file() -> None:
+    with pytest.raises(OSError, match=r"'/sys/kernel/x\.ckpt'$"):
+        AtomicCheckpointIO().save_checkpoint({"x": 1}, "/sys/kernel/x.ckpt")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_file_that_cant_be_made_is_named(number: int, monkeypatch: Any) -> None:
+    opens = os.open
+
+    def refuse(path: Any, *args: Any) -> int:
+        if str(path).endswith(".part"):
+            raise OSError(number, os.strerror(number), path)
+        return opens(path, *args)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError) as caught:
+        AtomicCheckpointIO().save_checkpoint({"x": 1}, "x.ckpt")
+    assert (caught.value.errno, Path(caught.value.filename).name) == (number, "x.ckpt")
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3])
+def test_a_file_object_is_no_path(num_nodes: int, tmp_path: Path) -> None:
+    t = trainer(DilocoStrategy(num_nodes, 2), max_steps=2, default_root_dir=tmp_path)
+    t.fit(Net(), loader())
+    before = set(Path().iterdir())
+    with pytest.raises(TypeError, match=r"expected str, bytes or os\.PathLike object, not BytesIO"):
+        t.save_checkpoint(io.BytesIO())
+    assert set(Path().iterdir()) == before
 
 
 def test_errors_of_what_is_saved_stay_what_they_are() -> None:

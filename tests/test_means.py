@@ -1,6 +1,7 @@
 """Is the mean exact where all tensors are equal, and taken in pieces of bounded size?"""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from observers import Track
 from torch import Tensor, nn
 
 from lightning_diloco import DilocoStrategy
+from lightning_diloco.algorithms.report import PseudoGradientStatistics, euclidean_norm, norm_and_cosine
 from lightning_diloco.comm import means
 from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.means import Differences, mean_of
-from lightning_diloco.comm.tensors import flat
+from lightning_diloco.comm.tensors import bitwise_equal, flat
 from lightning_diloco.comm.world import World
 
 
@@ -126,3 +128,47 @@ def test_what_all_workers_hold_alike_is_left_alone(eval_weights):
     for state in [*states, *module.validated]:
         for name in Constant.names:
             assert torch.equal(state[name], start[name]), name
+
+
+def formula(tensors, weights=None):
+    """``x_0 + (Σ_{i>0} (x_i − x_0)) / N`` as it is written, with equal elements hidden from ∞ − ∞."""
+    first = tensors[0].to(torch.float32 if tensors[0].itemsize < 4 else tensors[0].dtype)
+    shift = torch.zeros_like(first)
+    for i, tensor in enumerate(tensors[1:], start=1):
+        tensor = tensor.to(first.dtype)
+        difference = torch.where(tensor == first, 0, tensor - first)
+        shift = shift + (difference if weights is None else difference * weights[i])
+    mean = first + shift / (len(tensors) if weights is None else sum(weights))
+    return torch.where(mean == first, first, mean)
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2, 3, 0, 4, 5, 6]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("special", [[], [float("inf")], [float("-inf"), float("inf")], [float("nan")]])
+def test_the_mean_is_its_formula_to_the_bit_in_every_piece(monkeypatch, special, dtype, weights):
+    monkeypatch.setattr(means, "PIECE", 16)
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(5, 11, generator=generator).to(dtype).T for _ in range(7)]
+    for i, tensor in enumerate(tensors):
+        tensor[0, :3] = torch.tensor([-0.0, 0.0, 1.0])  # the same for all
+        if special:
+            tensor[3, 2] = special[0]  # all
+            tensor[7, 1] = special[i % len(special)]  # all, or some of each sign
+            tensor[9, 4] = special[0] if i == 2 else 0.5  # one
+    mean, expected = mean_of(tensors, weights), formula(tensors, weights)
+    assert bitwise_equal(mean.nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+    assert torch.equal(mean.isnan(), expected.isnan())
+    assert str(mean[0, 0].item()) == "-0.0"
+
+
+def test_norms_and_products_survive_squares_that_float32_cannot_hold():
+    theta = {"a": torch.zeros(3, 2)}
+    replica = {"a": torch.full((3, 2), -3e30)}
+    norm = euclidean_norm(Differences(["a"], theta, replica), ["a"])
+    assert norm == pytest.approx(3e30 * math.sqrt(6), rel=1e-7)
+    statistics = PseudoGradientStatistics(theta)
+    rows = [torch.full((6,), 3e30), torch.full((6,), 1e30)]
+    statistics.add("delta", "a", 0, rows, torch.full((6,), 2e30))
+    found, cosine = norm_and_cosine([statistics.parts()])
+    assert found == pytest.approx(2e30 * math.sqrt(6), rel=1e-7)
+    assert cosine == pytest.approx(1.0)

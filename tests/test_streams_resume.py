@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers import trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities import CombinedLoader
+from loaders import Lazy as Lazily
 from loaders import N, Numbers, Recorder, Weighted, own_loader, tens
 from processes import run as run_processes
 from torch.utils.data import DataLoader, IterableDataset
@@ -101,6 +103,41 @@ def run(make: Any, draws: bool = True, seed: int = 1, folder: Path | None = None
     model = Recorder(draw=draws)
     trainer(DilocoStrategy(N, 2), callbacks=[LambdaCallback(on_train_batch_end=save)]).fit(model, make(), **kwargs)
     return model.seen
+
+
+SHORT: dict[str, Any] = {  # 2 or 3 local steps of a pass
+    "iterable": lambda: First(),
+    "stream": lambda: DataLoader(Shortened(), None),
+    "leaves out": lambda: own_loader(skip_some)(Numbers(18), 2, shuffle=True),
+    "sampler": lambda: DataLoader(Numbers(18), 2, shuffle=True),
+    "sampler without length": lambda: DataLoader(Numbers(18), 2, sampler=Lazily(18)),
+}
+
+
+class First:
+    def __iter__(self) -> Iterator[Any]:
+        return iter(draw()[:9])
+
+
+class Shortened(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(draw()[:9])
+
+
+@pytest.mark.parametrize("long", [Iterable, lambda: DataLoader(Numbers(60), 2, shuffle=True)])
+@pytest.mark.parametrize("name", SHORT)
+def test_shorter_loaders_go_on_after_they_have_begun_again(name, long, tmp_path):
+    def both() -> Any:
+        return CombinedLoader({"long": long(), "short": SHORT[name]()}, "max_size_cycle")
+
+    whole = run(both, folder=tmp_path)
+    steps = len(whole[0, 0])
+    assert steps >= 5
+    for done in range(1, 2 * steps):
+        later = run(both, seed=99, ckpt_path=tmp_path / f"{done}.ckpt")
+        assert later == {
+            key: batches[max(0, done - key[0] * steps) :] for key, batches in whole.items() if key[0] >= done // steps
+        }
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -30,7 +30,7 @@ from loaders import (
     skip_fifth,
 )
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from lightning_diloco import DilocoStrategy
 
@@ -262,6 +262,82 @@ def test_attributes_of_a_dataloader():
     assert seen == {"length": 4, "batch_size": 2, "cut": (2, False, 4), "note": "mine"}
     assert data.threshold == 7
     assert model.fitted.train_dataloader is data
+
+
+class Growing(BatchSampler):
+    """A curriculum: its batches grow."""
+
+    def grow(self) -> None:
+        self.batch_size *= 2
+
+
+class Bare:
+    """Batches without a base class."""
+
+    def __init__(self) -> None:
+        self.batch_size = 2
+
+    def grow(self) -> None:
+        self.batch_size *= 2
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.arange(24).split(self.batch_size))
+
+    def __len__(self) -> int:
+        return 24 // self.batch_size
+
+
+class Several(Numbers):
+    def __getitem__(self, index: Any) -> Any:
+        return torch.as_tensor(index)
+
+
+def grow(data: Any) -> None:
+    data.batch_sampler.grow()
+
+
+def set_size(data: Any) -> None:
+    data.batch_sampler.batch_size = 4
+
+
+def ranks() -> DistributedSampler:
+    return DistributedSampler(Numbers(24), N, 0, shuffle=False)
+
+
+GROWING = {
+    "method": (lambda: DataLoader(Numbers(24), batch_sampler=Growing(range(24), 2, False)), grow),
+    "attribute": (lambda: DataLoader(Numbers(24), batch_sampler=Growing(range(24), 2, False)), set_size),
+    "bare": (lambda: DataLoader(Numbers(24), batch_sampler=Bare()), grow),
+    "torch's": (lambda: DataLoader(Numbers(24), 2), set_size),
+    "ranks": (lambda: DataLoader(Numbers(24), 2, sampler=ranks()), set_size),
+    "batches of ranks": (lambda: DataLoader(Numbers(24), batch_sampler=Growing(ranks(), 2, False)), grow),
+    "without batches": (lambda: DataLoader(Several(24), None, sampler=Bare()), lambda data: data.sampler.grow()),
+}
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("name", GROWING)
+def test_hooks_change_the_users_sampler(name, distributed):
+    make, change = GROWING[name]
+
+    class Grows(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            now = trainer.train_dataloader
+            here, there = (x.sampler if x.batch_sampler is None else x.batch_sampler for x in (now, data))
+            assert isinstance(here, type(there))
+            if trainer.current_epoch == 1:
+                change(now)
+                assert there.batch_size == here.batch_size == 4
+                assert copy.copy(here).batch_size == pickle.loads(pickle.dumps(here)).batch_size == 4
+            items.append([as_lists(batch) for batch in here])
+            assert len(here) == len(items[-1])
+
+    data, items = make(), []
+    model = fit(data, callbacks=[Grows()], use_distributed_sampler=distributed)
+    for epoch in (0, 1):
+        assert items[epoch] == model.seen[epoch, 0]
+        assert {len(batch) for w in range(N) for batch in model.seen[epoch, w]} == {2 * (epoch + 1)}
+        assert sorted(j for w in range(N) for batch in model.seen[epoch, w] for j in batch) == list(range(24))
 
 
 def test_the_loader_that_hooks_see_can_be_copied():

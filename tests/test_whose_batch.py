@@ -1,15 +1,33 @@
 """Whose batch is it: loaders that don't yield what they fetch, in the order in which they fetch it."""
 
+import re
 import time
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from loaders import N, Numbers, Recorder, Weighted, each_epoch, fit, flat, own_loader, round_robin, skip_fifth, tens
+from helpers import trainer
+from loaders import (
+    N,
+    Numbers,
+    Recorder,
+    Weighted,
+    as_lists,
+    each_epoch,
+    fit,
+    flat,
+    own_loader,
+    round_robin,
+    skip_fifth,
+    tens,
+)
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_diloco import DilocoStrategy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
@@ -137,6 +155,57 @@ def test_what_cant_be_told_apart_is_said_with_counts(change, yielded, fetched):
     )
 
 
+def shuffled_copies(batches: Any) -> Iterator[Any]:
+    """A shuffle buffer."""
+    held: list[Any] = []
+    for batch in batches:
+        held.append(batch.clone())
+        if len(held) == 4:
+            yield held.pop(1)
+    yield from held
+
+
+def sorted_copies(batches: Any) -> Iterator[Any]:
+    return iter(sorted((batch.clone() for batch in batches), key=lambda b: -b.sum()))
+
+
+def chunks(batches: Any) -> Iterator[Any]:
+    return (chunk for batch in batches for chunk in batch.split(1))
+
+
+def twice(batches: Any) -> Iterator[Any]:
+    return (twin for batch in batches for twin in (batch, batch.clone()))
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "limit", "numbers"),
+    [
+        (shuffled_copies, 1.0, "fetched 15 batch(es) of an epoch and yielded 15, 15 of them"),
+        (sorted_copies, 1.0, "fetched 15 batch(es) of an epoch and yielded 15, 15 of them"),
+        (chunks, 1.0, r"fetched \d+ batch(es) of an epoch and yielded \d+, \d+ of them"),  # `len` ends the pass
+        (twice, 1.0, r"fetched \d+ batch(es) of an epoch and yielded \d+, \d+ of them"),
+        (skip_and_change, 3, "fetched 10 batch(es) of an epoch and yielded 9, 9 of them"),
+        (merged, 2, "fetched 12 batch(es) of an epoch and yielded 6, 6 of them"),
+    ],
+)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_reordered_and_abandoned_new_objects_are_said_with_counts(change, limit, numbers, processes, epochs):
+    data = own_loader(change)(Numbers(30), 2, num_workers=processes)
+    with pytest.warns(UserWarning, match="can't be told") as warnings:
+        fit(data, max_epochs=epochs, limit_train_batches=limit)
+    told = [str(w.message) for w in warnings if "can't be told" in str(w.message)]
+    numbers = numbers.replace("(es)", r"\(es\)")
+    assert [bool(re.match(f"The `__iter__` of Loader {numbers}", message)) for message in told] == [True] * epochs
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1.0])
+@pytest.mark.parametrize("change", [read_ahead, lambda it: (2 * b for b in it), lambda it: it])
+def test_batches_in_order_are_not_worth_a_word_wherever_a_pass_ends(change, limit):
+    model = fit(own_loader(change)(Numbers(30), 2), limit_train_batches=limit)
+    assert len(model.seen[1, 0]) == (5 if limit == 1.0 and type(limit) is float else limit)
+
+
 @pytest.mark.parametrize(
     ("change", "number", "since"),
     [(merged, 1, 2), (skip_and_change, 5, 2), (read_ahead, 1, 2), (lambda it: map(list, pairwise(it)), 1, 2)],
@@ -212,6 +281,88 @@ def test_samplers_of_the_user_are_drawn_once_per_epoch_for_own_loaders_too():
     for epoch in range(2):
         shards = round_robin(sampler.drawn[epoch])
         assert [flat(model.seen[epoch, w]) for w in range(N)] == shards
+
+
+class Repeats:
+    """A batch sampler that repeats another without an end; has no length."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.sampler
+
+
+class Endless(DataLoader):
+    """Keeps its iterator, and with it its processes, for all epochs, as the loaders of timm and ultralytics do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", Repeats(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+    def __del__(self) -> None:
+        for process in getattr(self.iterator, "_workers", []):
+            process.terminate()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_loaders_that_keep_their_iterator_for_all_epochs(processes, distributed, tmp_path):
+    class Looks(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if processes == 0:
+                read.append(as_lists(next(iter(trainer.train_dataloader))))
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def run(**kwargs: Any) -> Any:
+        data = Endless(Numbers(30), 2, shuffle=True, num_workers=processes)
+        t = trainer(DilocoStrategy(N, 2), use_distributed_sampler=distributed, callbacks=[Looks()])
+        t.fit(model := Recorder(), data, **kwargs)
+        return model
+
+    L.seed_everything(5, verbose=False)
+    read: list[Any] = []
+    model = run()
+    assert model.during["batches"] == model.during["len"] == 5
+    for epoch in (0, 1):
+        shards = [flat(model.seen[epoch, w]) for w in range(N)]
+        assert [len(s) for s in shards] == [10] * N
+        assert sorted(flat(shards)) == list(range(30))
+    assert model.seen[0, 0] != model.seen[1, 0]
+    assert read == [model.seen[e, 0][0] for e in (0, 1) if processes == 0]
+    resumed = run(ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.seen == {(1, w): model.seen[1, w][2:] for w in range(N)}
+
+
+def test_batches_that_dont_suffice_for_a_round_are_completed_from_the_next_repetition():
+    model = fit(Endless(Numbers(20), 2), max_epochs=2)  # 10 batches
+    expected = round_robin([[j, j + 1] for j in [*range(0, 20, 2), 0, 2]])
+    assert model.seen == each_epoch(lambda _: expected)
+
+
+def test_a_loader_that_keeps_its_iterator_and_reads_a_part_of_it_is_a_stream():
+    class Part(Endless):
+        def __len__(self) -> int:
+            return 3
+
+    model = fit(Part(Numbers(12), 2), max_epochs=3)
+    assert [flat(model.seen[e, w] for w in range(N)) for e in range(3)] == [
+        [[0, 1], [2, 3], [4, 5]],
+        [[6, 7], [8, 9], [10, 11]],
+        [[0, 1], [2, 3], [4, 5]],
+    ]
 
 
 class Rows(Dataset):

@@ -83,6 +83,13 @@ def set_epoch(loader: Any, epoch: int) -> None:
         loader.set_epoch(epoch)
 
 
+def abandon(combined: CombinedLoader) -> None:
+    """Tells sharded loaders that no batch is asked for any more."""
+    for loader in combined.flattened:
+        if type(loader) is ShardedLoader:
+            loader.abandon()
+
+
 def expose_first_worker(combined: CombinedLoader) -> None:
     """Makes ``trainer.train_dataloader`` the first worker's batches; ``flattened``, which training reads, stays."""
     if is_sharded(combined):

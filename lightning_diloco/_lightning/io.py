@@ -45,7 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        file_system, local_path = url_to_fs(str(path))
+        file_system, local_path = url_to_fs(os.fsdecode(path))  # a TypeError for file objects, as from Lightning
         if storage_options is not None or not isinstance(file_system, LocalFileSystem):
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
@@ -99,10 +99,14 @@ def _temporary(target: Path) -> Iterator[tuple[_Written, Path]]:
         if path is not None:
             path.unlink(missing_ok=True)
         cause = file.error if isinstance(error, Exception) and file is not None and file.error is not None else error
-        about_file = isinstance(cause, OSError) and cause.filename in (None, str(path))
-        if isinstance(cause, OSError) and cause.errno is not None and about_file:
+        if isinstance(cause, OSError) and cause.errno is not None and _is_under_way(cause.filename):
             raise OSError(cause.errno, cause.strerror, str(target)) from error
         raise
+
+
+def _is_under_way(filename: Any) -> bool:
+    """Whether an error with this file name is about the temporary file, created or not."""
+    return filename is None or os.path.basename(os.fsdecode(filename)).startswith(_prefix())
 
 
 def _create(folder: Path) -> tuple[Path, int]:

@@ -16,10 +16,25 @@ from typing_extensions import override
 from lightning_diloco._lightning.grouping import WorkerBatches
 from lightning_diloco._lightning.reading import copied, read
 from lightning_diloco._lightning.rounds import independent
-from lightning_diloco._lightning.samplers import WorkerSampler
+from lightning_diloco._lightning.samplers import FirstWorkersSampler, WorkerSampler
 from lightning_diloco._lightning.tracing import has_custom_iter
 from lightning_diloco.fit import ShardPlan
 from lightning_diloco.state.randomness import RandomStream, derive_seed
+
+
+class _Pass(Iterator[WorkerBatches]):
+    """A pass over a loader. A copy, as of a Trainer in a hook, is at its end: generators can't be copied."""
+
+    def __init__(self, groups: Iterator[WorkerBatches]) -> None:
+        self._groups = groups
+
+    @override
+    def __next__(self) -> WorkerBatches:
+        return next(self._groups)
+
+    @override
+    def __reduce__(self) -> Any:
+        return _Pass, (iter(()),)
 
 
 @dataclass
@@ -28,6 +43,7 @@ class _Place:
 
     epoch: int = 0
     skip: int = 0  # batches of each worker that a checkpoint had consumed
+    cycles: bool = False  # whether the loader had perhaps begun again before that
 
 
 class ShardedLoader:
@@ -65,7 +81,27 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[WorkerBatches]:
         skip, self._place.skip = self._place.skip, 0
+        return _Pass(self._cycled(skip) if skip and self._place.cycles else self._read(skip))
+
+    def _read(self, skip: int) -> Iterator[WorkerBatches]:
         return read(self._source, self._sampler, self._plan, self._plan.workers, self._place.epoch, skip)
+
+    def _cycled(self, skip: int) -> Iterator[WorkerBatches]:
+        """The pass without its first ``skip`` local steps; where it has fewer, none, and the next pass goes on.
+
+        A CombinedLoader ends an epoch when each of its loaders has come to an end once.
+        """
+        by_index = self._sampler is not None and not has_custom_iter(self._loader)
+        length = sized_len(self) if by_index else None  # else only reading tells
+        if length is None:
+            groups, length = self._read(0), 0
+            while length < skip and next(groups, None) is not None:
+                length += 1
+        else:
+            groups = self._read(skip) if skip <= length else iter(())
+        if length and skip > length:
+            self._place.skip = skip % length
+        yield from groups
 
     def __len__(self) -> int:
         batches, plan = len(self._source), self._plan
@@ -90,16 +126,20 @@ class ShardedLoader:
         else:
             _set_sampler_epoch(self._loader, epoch)
 
+    def abandon(self) -> None:
+        """The last pass is over."""
+        trace = getattr(self._source, "__dict__", {}).get("_trace")
+        if trace is not None:
+            trace.abandon()
+
     def state_dict(self) -> dict[str, int]:
         """Makes Lightning see a loader that can resume; the position itself comes from the training loop's progress."""
         return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next ``iter()`` is of ``state["epoch"]`` and leaves out the batches that each worker had ``consumed``."""
         self.set_epoch(state["epoch"])
-        length, consumed = sized_len(self), state["consumed"]
-        cycled = length is not None and consumed > length and state["cycles"]  # a loader shorter than the epoch
-        self._place.skip = consumed % length if cycled and length else consumed
+        self._place.skip, self._place.cycles = state["consumed"], state["cycles"] and state["loaders"] > 1
 
 
 class FirstWorkersLoader:
@@ -132,7 +172,7 @@ class FirstWorkersLoader:
             raise AttributeError(name)
         sharded = vars(self)["_sharded"]
         if sharded._sampler is not None and vars(sharded._source).get(name) is sharded._sampler:
-            return sharded._sampler.of(sharded._plan.shards_here[:1])
+            return FirstWorkersSampler(getattr(sharded._loader, name), sharded._sampler, sharded._plan.shards_here[:1])
         return getattr(sharded._source, name)
 
     @override
@@ -154,10 +194,12 @@ class FirstWorkersLoader:
     def __iter__(self) -> Iterator[Any]:
         sharded, plan = self._sharded, self._sharded._plan
         first, loader = plan.workers[:1], sharded._loader
-        sampler, source = sharded._sampler, independent(sharded._source)
+        sampler, source = sharded._sampler, sharded._source
         if isinstance(loader, DataLoader):
             sampler = None if sampler is None else sampler.of(plan.shards_here[:1])
             source = copied(source, sampler, plan, first)
+        source = independent(source)
+        if isinstance(loader, DataLoader):
             vars(source).update(persistent_workers=False)
             if sampler is None:
                 vars(source).update(dataset=independent(loader.dataset))

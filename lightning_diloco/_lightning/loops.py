@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import DilocoSignalConnector
-from lightning_diloco._lightning.data import expose_first_worker, is_sharded, set_epoch, split_batch
+from lightning_diloco._lightning.data import abandon, expose_first_worker, is_sharded, set_epoch, split_batch
 from lightning_diloco._lightning.hooks import looks_at_gradients
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
@@ -118,6 +118,8 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         fit = self._fit
         reports = fit.finish()  # before callbacks' on_train_end: EMA and SWA write their weights there
         fit.deliver(reports, logging_step(self.trainer, after_training=True))
+        if self._combined_loader is not None:
+            abandon(self._combined_loader)
         _obey_signals(self.trainer)
         fit.in_loop = False
         super().on_run_end()

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DataLoader
 
 from lightning_diloco._lightning.grouping import WorkerBatches, group_by_place, grouped, too_few
@@ -37,7 +38,25 @@ def copied(loader: Any, sampler: WorkerSampler | None, plan: ShardPlan, workers:
             cls = traced(cls)
     copy = object.__new__(cls)
     vars(copy).update(vars(loader), **changed)
+    if "_trace" in changed:
+        _forget_iterators(copy)
     return copy
+
+
+def _forget_iterators(copy: Any) -> None:
+    """Makes each pass begin with new iterators of torch's where ``__init__`` has made them for all passes.
+
+    They read the user's sampler, not the workers'. Such loaders stop after ``len``, and their batch sampler repeats
+    itself; where ``len`` isn't the length of a repetition, passes continue each other, and the loader is a stream.
+    """
+    names = vars(copy).setdefault("diloco_kept_iterators", [])
+    names += [name for name, value in vars(copy).items() if hasattr(value, "_sampler_iter")]
+    length = sized_len(copy)
+    if length is None or length != sized_len(copy._trace.sampler.sampler):
+        names.clear()
+    vars(copy).update(dict.fromkeys(names))
+    if names:
+        vars(copy).update(persistent_workers=copy.num_workers > 0)
 
 
 def read(
@@ -57,9 +76,12 @@ def read(
         sampler.skip = skip
         groups = grouped(iter(source), plan, len(workers), range(len(workers)), workers)
         return groups if skip else _at_least_one(groups, sampler, plan)
+    stream = RandomStream(derive_seed(plan.seed, "stream", plan.loader, epoch))
     if trace is not None:
         trace.start()
-    batches = _drawing_from(RandomStream(derive_seed(plan.seed, "stream", plan.loader, epoch)), source)
+        with stream.active():
+            vars(source).update({name: DataLoader.__iter__(source) for name in source.diloco_kept_iterators})
+    batches = _drawing_from(stream, source)
     return islice(group_by_place(batches, plan, workers) if trace is None else trace.group(batches), skip, None)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DistributedSampler, Sampler
 
 from lightning_diloco.state.randomness import RandomStream, derive_seed
@@ -22,6 +23,7 @@ ONCE = (
     "The training data come from a {iterator}, which can be read only once: `trainer.train_dataloader` would take"
     " batches away from the training. Pass an object whose `__iter__` starts again."
 )
+_NESTED = 3  # a sampler in a batch sampler in a batch sampler that repeats it
 
 
 class Rounds(Protocol):
@@ -87,15 +89,27 @@ class ShardedRounds:
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        for sampler in (self._base, getattr(self._base, "sampler", None)):
+        sampler = self._base
+        for _ in range(_NESTED):
             if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(epoch)  # type: ignore[union-attr]
+                sampler.set_epoch(epoch)
+            sampler = getattr(sampler, "sampler", None)
 
     def copied(self) -> "ShardedRounds":
         twin = copy.copy(self)
-        twin._base = independent(self._base)
-        if isinstance(getattr(twin._base, "sampler", None), Sampler):
-            twin._base.sampler = independent(twin._base.sampler)
+        twin._base = holder = independent(self._base)
+        for _ in range(_NESTED):
+            if isinstance(getattr(holder, "sampler", None), Sampler):
+                holder.sampler = holder = independent(holder.sampler)
+        return twin
+
+    def once(self) -> "ShardedRounds | None":
+        """The rounds of the sampler inside, where the sampler has no length: it may repeat the other without an end."""
+        inside = getattr(self._base, "sampler", None)
+        if sized_len(self._base) is not None or inside is None:
+            return None
+        twin = copy.copy(self)
+        twin._base = inside
         return twin
 
 
@@ -129,20 +143,35 @@ class RankRounds:
         for item, copied in zip(self._items, self._samplers, strict=True):
             if batches is not None:
                 item.sampler = copied
+        pairs = [(sampler, self._samplers)] + ([] if batches is None else [(batches, self._items)])
+        self._followed = [(x, dict(getattr(x, "__dict__", {})), copies) for x, copies in pairs]
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
+        self._follow()
         return zip(*self._items, strict=True)
 
     def __len__(self) -> int:
+        self._follow()
         return len(self._items[0])
+
+    def _follow(self) -> None:
+        """Hands on which attributes of the user's objects have been set, as hooks do that change batches' sizes."""
+        for original, known, copies in self._followed:
+            for name, value in getattr(original, "__dict__", {}).items():
+                if name not in ("epoch", "rank", "sampler") and known.get(name, known) is not value:
+                    for copied in copies:
+                        setattr(copied, name, value)
+            known.update(getattr(original, "__dict__", {}))
 
     def set_epoch(self, epoch: int) -> None:
         for sampler in self._samplers:
             sampler.set_epoch(epoch)
 
     def copied(self) -> "RankRounds":
+        self._follow()
         twin = copy.copy(self)
         twin._items = [independent(item) for item in self._items]
+        twin._followed = []
         return twin
 
 

@@ -30,27 +30,36 @@ class WorkerSampler(Sampler[Any]):
     Args:
         rounds: the items.
         shards: the shards of the workers hosted here; only their items are yielded.
-        batch_size: items per batch; None if an item is a batch.
-        drop_last: drop a short last batch.
+        batches: the user's batch sampler, whose ``batch_size`` and ``drop_last`` apply; None if an item is a batch.
 
     Attributes:
         drawn: number of items yielded since ``drawn`` was set to 0.
         left: number of items (batches, or samples if ``batch_size`` is given) that the last pass has dropped.
     """
 
-    def __init__(self, rounds: Rounds, shards: Sequence[int], batch_size: int | None, drop_last: bool) -> None:
+    def __init__(self, rounds: Rounds, shards: Sequence[int], batches: Any = None) -> None:
         self._rounds = rounds
         self._shards = shards
-        self.batch_size = batch_size
-        self.drop_last = drop_last
+        self._cut = batches
         self.skip = 0  # batches of each worker that the next iter() leaves out
         self.drawn = 0
         self.left = 0
 
     @property
+    def batch_size(self) -> int | None:
+        """Items per batch now, since hooks may change it between epochs; None if an item is a batch."""
+        return None if self._cut is None else self._cut.batch_size
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a short last batch is dropped."""
+        return self._cut is not None and bool(self._cut.drop_last)
+
+    @property
     def sampler(self) -> "WorkerSampler":
-        """The object on which Lightning calls ``set_epoch``."""
-        return self
+        """The sampler inside a batch sampler that repeats it without an end: loaders ask it for their length."""
+        once = self._rounds.once() if isinstance(self._rounds, ShardedRounds) else None
+        return self if once is None else WorkerSampler(once, self._shards, self._cut)
 
     def __iter__(self) -> Iterator[Any]:
         self.left = 0
@@ -61,13 +70,14 @@ class WorkerSampler(Sampler[Any]):
 
     def _batches(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
-        rounds = islice(self._rounds, skip * (self.batch_size or 1), None)
-        if self.batch_size is None:
+        size, drop_last = self.batch_size, self.drop_last
+        rounds = islice(self._rounds, skip * (size or 1), None)
+        if size is None:
             for items in rounds:
                 yield from (items[s] for s in self._shards)
             return
-        while batch := list(islice(rounds, self.batch_size)):
-            if len(batch) < self.batch_size and self.drop_last:
+        while batch := list(islice(rounds, size)):
+            if len(batch) < size and drop_last:
                 self.left = sum(map(len, batch))
                 return
             yield from ([items[s] for items in batch] for s in self._shards)
@@ -81,7 +91,47 @@ class WorkerSampler(Sampler[Any]):
 
     def of(self, shards: Sequence[int]) -> "WorkerSampler":
         """A sampler of these shards' batches only, which leaves this sampler and the user's alone."""
-        return WorkerSampler(self._rounds.copied(), shards, self.batch_size, self.drop_last)
+        return WorkerSampler(self._rounds.copied(), shards, self._cut)
+
+
+class FirstWorkersSampler:
+    """The user's sampler or batch sampler in hooks; iterating over it gives the first worker's items.
+
+    Args:
+        original: the user's object, which has all other attributes and methods.
+        sampler: the sampler of all workers.
+        shards: the first worker's.
+    """
+
+    _original: Any
+    _sampler: WorkerSampler
+    _shards: Sequence[int]
+
+    def __init__(self, original: Any, sampler: WorkerSampler, shards: Sequence[int]) -> None:
+        vars(self).update(_original=original, _sampler=sampler, _shards=shards)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """``isinstance`` answers as for the user's object."""
+        return type(self._original)
+
+    def __reduce__(self) -> Any:
+        """``__class__`` would mislead ``pickle``."""
+        return FirstWorkersSampler, (self._original, self._sampler, self._shards)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python protocols
+            raise AttributeError(name)
+        return getattr(vars(self)["_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._original, name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._sampler.of(self._shards))
+
+    def __len__(self) -> int:
+        return len(self._sampler.of(self._shards))
 
 
 def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
@@ -91,7 +141,6 @@ def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
     shuffles = _shuffles(sampler)
     default = isinstance(sampler, SequentialSampler) or shuffles
-    size = None if batches is None else getattr(batches, "batch_size", None)
     drop_last = bool(getattr(batches, "drop_last", False))
     rounds: Rounds
     if plan.partition is not None:
@@ -104,11 +153,11 @@ def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
             lambda: checked_partition(partition(dataset, workers), workers, len(dataset))  # type: ignore[arg-type]
         )
         rounds = PartitionRounds(parts, seed, shuffle=shuffles and not plan.overfit, team=plan.world.team)
-        return WorkerSampler(rounds, plan.shards_here, size, drop_last)
+        return WorkerSampler(rounds, plan.shards_here, batches)
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         if plain:
-            return WorkerSampler(RankRounds(sampler, n), plan.shards_here, size, drop_last)
-        return WorkerSampler(RankRounds(sampler, n, batches), plan.shards_here, None, False)
+            return WorkerSampler(RankRounds(sampler, n), plan.shards_here, batches)
+        return WorkerSampler(RankRounds(sampler, n, batches), plan.shards_here)
     stream = derive_seed(seed, "loader", plan.loader)
     if not plan.use_distributed_sampler:
         whole: Any = sampler if batches is None else batches
@@ -116,14 +165,14 @@ def worker_sampler(loader: DataLoader[Any], plan: ShardPlan) -> WorkerSampler:
         if left and len(whole) > n:
             rank_zero_warn(left_over(left, n, plan))
         rounds = ShardedRounds(whole, n, stream, wrap=False, single=True)
-        return WorkerSampler(rounds, plan.shards_here, None, False)
+        return WorkerSampler(rounds, plan.shards_here)
     if not plain:
-        return WorkerSampler(ShardedRounds(batches, n, stream, wrap=not drop_last), plan.shards_here, None, False)
+        return WorkerSampler(ShardedRounds(batches, n, stream, wrap=not drop_last), plan.shards_here)
     if default:
         sampler = DistributedSampler(loader.dataset, 1, 0, shuffle=not plan.overfit, seed=seed)
     drops = isinstance(sampler, DistributedSampler) and sampler.drop_last
     rounds = ShardedRounds(sampler, n, stream, wrap=not drops)
-    return WorkerSampler(rounds, plan.shards_here, size, drop_last)
+    return WorkerSampler(rounds, plan.shards_here, batches)
 
 
 def _is_torchdatas(sampler: Any) -> bool:

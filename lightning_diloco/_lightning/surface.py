@@ -148,6 +148,7 @@ EXAMPLES: dict[Callable[[], object], tuple[str, ...]] = {  # makes an object lik
     ),
     lambda: SingleDeviceStrategy(): ("_accelerator", "_checkpoint_io", "_launcher", "_precision_plugin"),
     lambda: DataLoader([0]): ("_iterator",),  # type: ignore[arg-type]
+    lambda: iter(DataLoader([0])): ("_sampler_iter",),  # type: ignore[arg-type]
     lambda: DDPStrategy(): ("_layer_sync",),  # where Lightning puts its SyncBatchNorm plugin
 }
 

@@ -52,7 +52,8 @@ class Trace:
     """The worker of each batch that a custom ``__iter__`` yields.
 
     A fetched batch is recognised by its identity, or by that of the tensors in it. New objects count as the fetched
-    batches in the order of fetching.
+    batches in the order of fetching. Reading one batch ahead, as loaders do that copy to a device meanwhile, keeps
+    that order.
 
     Args:
         loader: the name of the loader's class.
@@ -62,16 +63,21 @@ class Trace:
     """
 
     def __init__(self, loader: str, workers: Sequence[int], sampler: WorkerSampler, plan: ShardPlan) -> None:
-        self._loader, self._workers, self._sampler, self._plan = loader, workers, sampler, plan
-        self.start()
+        self._loader, self._workers, self.sampler, self._plan = loader, workers, sampler, plan
+        self._begin()
 
     def start(self) -> None:
         """A pass begins."""
+        self.abandon()
+        self._begin()
+
+    def _begin(self) -> None:
         self._worker_of: Any = WeakIdKeyDictionary()  # fetched tensor → its worker, None if several workers have it
         self._waiting: deque[int] = deque()  # workers of the batches that were fetched and not yet yielded, in order
         self._observed = False  # whether torch's iterators report what they fetch; else the sampler's count tells
         self._fetched = self._fetched_before = self._yielded = self._unclear = 0
-        self._sampler.drawn = 0
+        self._disordered = False  # whether a new object may be of another batch than the next in order
+        self.sampler.drawn = 0
 
     def fetch(self, place: int, batch: Any) -> None:
         """Torch's iterator has fetched ``batch``, its ``place``-th."""
@@ -85,7 +91,7 @@ class Trace:
     def group(self, batches: Iterator[Any]) -> Iterator[WorkerBatches]:
         """Yields a batch of each worker as soon as every worker has a batch."""
         first = list(islice(batches, 1))
-        if first and not self._fetched and not self._sampler.drawn:
+        if first and not self._fetched and not self.sampler.drawn:
             if self._plan.partition is not None:
                 problem = f"the `__iter__` of {self._loader} doesn't ask the loader's sampler"
                 raise ValueError(NO_PARTITION.format(problem=problem))
@@ -103,13 +109,17 @@ class Trace:
                 yield WorkerBatches({w: queue.popleft() for w, queue in queues.items()})
         if first and not complete:
             raise too_few(self._yielded, self._plan)
-        self._report(counts, sum(map(len, queues.values())))
+        if self._unclear and (self._disordered or self._fetched != self._yielded):
+            self._disordered = True
+            self.abandon()
+        else:
+            self._report_left(counts, sum(map(len, queues.values())))
 
     def _assign(self, batch: Any, counts: Mapping[int, int]) -> int:
         if not self._observed:
-            drawn = range(self._fetched, self._sampler.drawn)
+            drawn = range(self._fetched, self.sampler.drawn)
             self._waiting.extend(self._workers[j % len(self._workers)] for j in drawn)
-            self._fetched = self._sampler.drawn
+            self._fetched = self.sampler.drawn
         since, self._fetched_before = self._fetched - self._fetched_before, self._fetched
         self._yielded += 1
         workers = {self._worker_of.get(leaf) for leaf in _recognisable(batch)} - {None}
@@ -121,14 +131,20 @@ class Trace:
         if self._plan.partition is not None and (workers or since != 1):
             raise ValueError(UNCLEAR_PARTITION.format(number=self._yielded, loader=self._loader, fetched=since))
         self._unclear += 1
+        skipped = since > 1 and self._yielded > 1
+        self._disordered |= self._observed and (not 1 <= len(self._waiting) <= 2 or skipped)
         return self._waiting.popleft() if self._waiting else min(counts, key=counts.__getitem__)
 
-    def _report(self, counts: Mapping[int, int], left: int) -> None:
-        if self._unclear and self._fetched != self._yielded:
+    def abandon(self) -> None:
+        """The pass is over, also where its source isn't: Lightning stops after ``len`` batches."""
+        if self._disordered:
+            self._disordered = False
             rank_zero_warn(
                 UNCLEAR.format(loader=self._loader, fetched=self._fetched, yielded=self._yielded, unclear=self._unclear)
             )
-        elif left:
+
+    def _report_left(self, counts: Mapping[int, int], left: int) -> None:
+        if left:
             rank_zero_warn(
                 UNEVEN.format(
                     loader=self._loader,

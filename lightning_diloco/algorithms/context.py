@@ -130,7 +130,7 @@ class SyncContext:
             raise RuntimeError("`begin_round` was called twice. Close the first synchronisation with `end_round`.")
         started = time.perf_counter()
         theta, world = self.outer.tensors, self.channel.world
-        norms = {w: euclidean_norm(self.pseudo_gradient(w).values()) for w in self.local_workers}
+        norms = {w: euclidean_norm(self.pseudo_gradient(w), self.names) for w in self.local_workers}
         where = f"the synchronisation after {self.local_steps} local steps"
         # Norms, signals and a checksum travel in a single gather, because every gather waits for the slowest process.
         # Each process computes θ by itself; only the checksum tells that a process has arrived at another θ.
@@ -143,7 +143,7 @@ class SyncContext:
             )
         world.learn_signals(signals for _, signals, _ in gathered)
         norms = self._joined_norms([theirs for theirs, _, _ in gathered])
-        scale = euclidean_norm(theta[n] for n in self.names)
+        scale = euclidean_norm(theta, self.names)
         drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
         tolerant = self.num_workers == 1 or self.policies.nonfinite == "propagate"
         bad = [w for w in self.workers if not (tolerant or math.isfinite(norms[w]))]

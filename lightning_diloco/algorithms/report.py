@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.tensors import flat, real_view
+from lightning_diloco.comm.means import pieces_of, reader, shape_of
+from lightning_diloco.comm.tensors import flat
 
 
 @dataclass(frozen=True)
@@ -46,37 +47,48 @@ class OuterStepReport:
 
 
 class PseudoGradientStatistics:
-    """How alike the Δ_i are, from the pieces of the exchange that pass through this process: no extra traffic."""
+    """How alike the Δ_i are, from the pieces of the exchange that pass through this process: no extra traffic.
+
+    Pieces are so small that their copies in float64 stay in a processor's cache.
+    """
 
     def __init__(self, theta: Mapping[str, Tensor]) -> None:
         self._theta = theta
-        self._latest = "", torch.empty(0)  # the tensor of θ last looked at, flattened
-        self._square: Tensor | None = None  # ‖Δ‖², and
-        self._products: Tensor | None = None  # Δ_i·Δ_j, each over the pieces seen
+        self._latest = "", torch.empty(0)  # a tensor of θ, flattened: the one of the latest piece
+        self._square: Tensor | None = None  # ‖Δ‖²
+        self._products: Tensor | None = None  # Δ_i·Δ_j
 
     @torch.no_grad()
     def add(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
         if what not in ("delta", "weights") or name not in self._theta:
             return
-        pieces = [t.double() for t in (mean, *rows)]
-        if what == "weights":
-            if self._latest[0] != name:
-                self._latest = name, flat(self._theta[name])
-            old = self._latest[1][start : start + len(mean)].double()
-            pieces = [old - piece for piece in pieces]
-        square = pieces[0] @ pieces[0]
-        self._square = square if self._square is None else self._square + square
-        if rows:
-            stacked = torch.stack(pieces[1:])
-            products = stacked @ stacked.T
-            self._products = products if self._products is None else self._products + products
+        if what == "weights" and self._latest[0] != name:
+            self._latest = name, flat(self._theta[name])
+        for piece in pieces_of(mean):
+            pieces = [t[piece] for t in (mean, *rows)]
+            if what == "weights":
+                old = self._latest[1][start + piece.start : start + piece.start + len(pieces[0])]
+                pieces = [old - values for values in pieces]
+            square = _products(pieces[:1])
+            self._square = square if self._square is None else self._square + square
+            if rows:
+                products = _products(pieces[1:])
+                self._products = products if self._products is None else self._products + products
 
     def parts(self) -> tuple[float | None, list[list[float]] | None]:
-        """What this process has seen, for :func:`norm_and_cosine`."""
+        """The sums of this process, for :func:`norm_and_cosine`."""
         return (
             None if self._square is None else float(self._square),
             None if self._products is None else self._products.tolist(),
         )
+
+
+def _products(rows: Sequence[Tensor]) -> Tensor:
+    """Inner products of the rows with each other, in float64: float32 can't hold the squares of large numbers."""
+    stacked = torch.empty(len(rows), len(rows[0]), dtype=torch.float64, device=rows[0].device)
+    for target, row in zip(stacked, rows, strict=True):
+        target.copy_(row)
+    return stacked @ stacked.T
 
 
 def norm_and_cosine(parts: Sequence[Any]) -> tuple[float | None, float | None]:
@@ -94,7 +106,13 @@ def norm_and_cosine(parts: Sequence[Any]) -> tuple[float | None, float | None]:
     return norm, float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
 
 
-def euclidean_norm(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm of all tensors together, accumulated in float64."""
-    norms = [torch.linalg.vector_norm(real_view(t), dtype=torch.float64) for t in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+@torch.no_grad()
+def euclidean_norm(tensors: Mapping[str, Tensor], names: Iterable[str]) -> float:
+    """Euclidean norm of all named tensors together, summed in float64; a :class:`Differences` is never made whole."""
+    total = 0.0
+    for name in names:
+        read, like = reader(tensors, name), shape_of(tensors, name)
+        size = like.numel() * (1 + like.is_complex())
+        for piece in pieces_of(like.new_empty(()).expand(size)):
+            total += float(_products([read(piece.start, min(piece.stop, size))]))
+    return math.sqrt(total)

@@ -133,8 +133,11 @@ class Channel:
         shapes = {n: shape_of(like, n) for n in names}
         result = {n: room_for(shapes[n]) for n in names}
         readers = {w: _LatestReader(of_worker) for w, of_worker in tensors.items()}
-        here = len(self.world.workers) if self.world.size > 1 else len(workers)
-        for segments in chunks(names, shapes, means.CHUNK // here or 1):
+        # a single process sends nothing: its chunks are as small as the pieces that arithmetic works on
+        size = means.CHUNK // len(self.world.workers) or 1
+        if self.world.size == 1 and self.world.device.type == "cpu":
+            size = min(size, means.PIECE)
+        for segments in chunks(names, shapes, size):
             rows = {w: _row(read_piece, segments) for w, read_piece in readers.items()}
             first = shapes[segments[0][0]]
             length = sum(stop - start for _, start, stop in segments)

@@ -4,6 +4,7 @@ Owns the order of summation, the accumulation dtype, and the cutting of tensors 
 move pieces between processes (``channel.py``). Imports nothing of Lightning.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from lightning_diloco.comm.tensors import flat
 
 CHUNK = 1 << 22
-"""Elements that a process averages at a time, those of all its workers together."""
+"""Elements that a process sends at a time, those of all its workers together."""
+
+PIECE = 1 << 16
+"""Elements of a worker in a step of arithmetic: the pieces of several workers fit into a processor's cache."""
 
 
 def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -28,16 +32,47 @@ def mean_of(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     Returns:
         A new tensor; half types are accumulated, and returned, in float32.
     """
-    first = tensors[0].to(accumulator(tensors[0].dtype), copy=True)
+    first = tensors[0].to(accumulator(tensors[0].dtype))
+    mean = torch.empty_like(first, memory_format=torch.contiguous_format)
     if len(tensors) == 1:
-        return first
-    shift = torch.zeros_like(first)
-    for i, tensor in enumerate(tensors[1:], start=1):
-        tensor = tensor.to(first.dtype)
-        difference = (tensor - first).masked_fill_(tensor == first, 0)  # ∞ − ∞ would be NaN
-        shift += difference if weights is None else difference * weights[i]
-    mean = shift.div_(len(tensors) if weights is None else sum(weights)).add_(first)
-    return torch.where(mean == first, first, mean)  # −0.0 + 0.0 would be 0.0
+        return mean.copy_(first)
+    total = len(tensors) if weights is None else sum(weights)
+    flattened, target = [t.reshape(-1) for t in (first, *tensors[1:])], mean.view(-1)
+    for piece in pieces_of(target):
+        _mean_of_pieces([t[piece] for t in flattened], weights, total, target[piece])
+    return mean
+
+
+def pieces_of(tensor: Tensor) -> Iterator[slice]:
+    """Slices of a flat tensor that fit into a processor's cache; on an accelerator the whole."""
+    size = PIECE if tensor.device.type == "cpu" else max(1, len(tensor))
+    return (slice(start, start + size) for start in range(0, len(tensor), size))
+
+
+def _mean_of_pieces(pieces: Sequence[Tensor], weights: Sequence[float] | None, total: float, out: Tensor) -> None:
+    """``x_0 − (Σ_{i>0} (x_0 − x_i)) / N``, which is the mean of :func:`mean_of` to the bit, and keeps a −0.0."""
+    first = pieces[0]
+
+    def shift(hide_equal: bool) -> Tensor:
+        shift: Tensor | None = None
+        for i, piece in enumerate(pieces[1:], start=1):
+            piece = piece.to(first.dtype)
+            difference = first - piece
+            if hide_equal:
+                difference.masked_fill_(piece == first, 0)
+            if weights is not None:
+                difference *= weights[i]
+            shift = difference if shift is None else shift.add_(difference)
+        assert shift is not None
+        return shift
+
+    # ∞ − ∞ is NaN, also where all workers hold the same ∞: then equal elements are hidden. Looking for that is cheap on
+    # a CPU only.
+    on_cpu = first.device.type == "cpu"
+    shifted = shift(hide_equal=not on_cpu)
+    if on_cpu and not math.isfinite(shifted.sum().abs()):
+        shifted = shift(hide_equal=True)
+    torch.sub(first, shifted.div_(total), out=out)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -35,7 +35,7 @@ The engine runs without a Trainer::
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -463,6 +463,11 @@ class Engine:
     @property
     def outer_optimizer(self) -> torch.optim.Optimizer:
         return self._outer.optimizer
+
+    @property
+    def outer_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Parameter name → the parameter of θ that the outer optimizer moves."""
+        return self._outer.parameters
 
     def memory_report(self) -> dict[str, int]:
         """See :meth:`lightning_diloco.DilocoStrategy.memory_report`."""

@@ -14,6 +14,7 @@ from lightning_diloco.comm.tensors import bitwise_equal
 
 VERSION = 1
 _DAMAGED = "the file is damaged. Resume from another file."
+GROUPING = "parameters of the outer optimizer"  # the entry of a run's settings that maps each name to its group
 
 Packed = dict[str, Any]
 
@@ -167,16 +168,37 @@ def check_settings(saved: Packed, given: Packed, source: str) -> None:
     Raises:
         ValueError: names those that differ, with both values.
     """
-    different = [key for key in given if saved.get(key) != given[key]]
+    both = {key: (saved.get(key), value) for key, value in given.items()}
+    if GROUPING in given:  # of the parameters that were trainable at the start of both runs
+        then, now = saved.get(GROUPING, {}), given[GROUPING]
+        moved = [name for name in now if name in then and then[name] != now[name]]
+        both[GROUPING] = {name: then[name] for name in moved}, {name: now[name] for name in moved}
+    different = {key: pair for key, pair in both.items() if not _same(*pair)}
     if not different:
         return
-    words = [f"`{key}` is {_shown(saved.get(key))} in the file and {_shown(given[key])} now" for key in different]
+    words = [f"`{key}` is {_shown(then)} in the file and {_shown(now)} now" for key, (then, now) in different.items()]
     raise ValueError(
         f"{source} was written with another algorithm or outer optimizer: {'; '.join(words)}. Resume with those of the"
         " file. To change a number of the outer optimizer, set `trainer.strategy.outer_optimizer.param_groups` in a"
         " callback's `on_train_start`. To go on with another optimizer or algorithm, start a new fit from the file's"
         " weights: `module = MyModule.load_from_checkpoint(path); trainer.fit(module, ...)` without `ckpt_path`."
     )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two plain values are the same; a name in a script is that of the module when the script is imported.
+
+    >>> _same({"cls": "__main__.Mean"}, {"cls": "train.Mean"}), _same("torch.Mean", "train.Mean")
+    (True, False)
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, str) and isinstance(b, str):
+        script = "__main__."
+        return a == b or any(x.startswith(script) and y.endswith(x[len(script) - 1 :]) for x, y in ((a, b), (b, a)))
+    return bool(a == b)
 
 
 def _shown(value: Any) -> str:
