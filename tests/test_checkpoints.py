@@ -681,17 +681,13 @@ def test_a_file_that_lacks_any_of_its_keys_is_damaged(setting: str) -> None:
         paths = list(keys_of(checkpoint["diloco"], ("diloco",)))
         assert len(paths) > 250
         for path in [*paths, ("state_dict",), ("optimizer_states",), ("loops",), ("loops", "fit_loop", "state_dict")]:
-            with pytest.raises(
-                ValueError, match=r"^The file .*: the file is damaged\. Resume from another file\.$"
-            ) as caught:
+            with pytest.raises(ValueError, match=rf"^The file .*: {DAMAGED}$") as caught:
                 checkpoint_format.check(without(checkpoint, path), 3, strategy._settings.configured, "The file")
             named = [str(key) for key in path if not isinstance(key, int)]
             assert any(key in str(caught.value) for key in named[1:] or named), (path, str(caught.value))
     theta = checkpoint["diloco"]["outer"]["parameters"]
     assert isinstance(theta, list)
-    with pytest.raises(
-        ValueError, match=rf"^The file lacks state_dict/{theta[0]}: the file is damaged\. Resume from another file\.$"
-    ):
+    with pytest.raises(ValueError, match=rf"^The file lacks state_dict/{theta[0]}: {DAMAGED}$"):
         checkpoint_format.check(
             without(checkpoint, ("state_dict", theta[0])), 3, strategy._settings.configured, "The file"
         )
@@ -715,9 +711,7 @@ def test_fit_says_which_key_a_damaged_file_lacks(path: tuple[Any, ...], message:
     torch.save(without(torch.load("7.ckpt", weights_only=True), path), "damaged.ckpt")
     module = Project()
     before = copy_of(module.state_dict())
-    with pytest.raises(
-        ValueError, match=rf"^The checkpoint damaged.ckpt {message}: the file is damaged\. Resume from another file\.$"
-    ):
+    with pytest.raises(ValueError, match=rf"^The checkpoint damaged.ckpt {message}: {DAMAGED}$"):
         trainer(DilocoStrategy(num_nodes=3, diloco_interval=4)).fit(module, loader(), ckpt_path="damaged.ckpt")
     assert_same(copy_of(module.state_dict()), before)
 
