@@ -12,6 +12,7 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import data, distributed
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
@@ -148,7 +149,8 @@ EXAMPLES: dict[Callable[[], object], tuple[str, ...]] = {  # makes an object lik
     ),
     lambda: SingleDeviceStrategy(): ("_accelerator", "_checkpoint_io", "_launcher", "_precision_plugin"),
     lambda: DataLoader([0]): ("_iterator",),  # type: ignore[arg-type]
-    lambda: iter(DataLoader([0])): ("_sampler_iter",),  # type: ignore[arg-type]
+    # with a generator of its own: the iterator would draw from the run's
+    lambda: iter(DataLoader([0], generator=torch.Generator())): ("_sampler_iter",),  # type: ignore[arg-type]
     lambda: DDPStrategy(): ("_layer_sync",),  # where Lightning puts its SyncBatchNorm plugin
 }
 
