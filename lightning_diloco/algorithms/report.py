@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.means import pieces_of, reader, shape_of
-from lightning_diloco.comm.tensors import flat
+from lightning_diloco.comm.means import PIECE, pieces_of, reader, shape_of
+from lightning_diloco.comm.tensors import flat, real_view
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,15 @@ def norm_and_cosine(parts: Sequence[Any]) -> tuple[float | None, float | None]:
 
 @torch.no_grad()
 def euclidean_norm(tensors: Mapping[str, Tensor], names: Iterable[str]) -> float:
-    """Euclidean norm of all named tensors together, summed in float64; a :class:`Differences` is never made whole."""
-    total = 0.0
+    """Euclidean norm of all named tensors together, summed in float64; large tensors are read in pieces."""
+    norms: list[Tensor] = []
     for name in names:
-        read, like = reader(tensors, name), shape_of(tensors, name)
+        like = shape_of(tensors, name)
         size = like.numel() * (1 + like.is_complex())
-        for piece in pieces_of(like.new_empty(()).expand(size)):
-            total += float(_products([read(piece.start, min(piece.stop, size))]))
-    return math.sqrt(total)
+        if size <= PIECE:
+            parts: Iterable[Tensor] = [real_view(tensors[name])]
+        else:
+            read = reader(tensors, name)
+            parts = (read(p.start, min(p.stop, size)) for p in pieces_of(like.new_empty(()).expand(size)))
+        norms.extend(torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts)
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

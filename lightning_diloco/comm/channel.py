@@ -8,8 +8,9 @@ process sends n·P·(W−1)/W, so that each process can sum its slice of the ten
 with the result. For n = 1 that is the ring's 2P(W−1)/W, H times less often than under DDP.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -133,11 +134,7 @@ class Channel:
         shapes = {n: shape_of(like, n) for n in names}
         result = {n: room_for(shapes[n]) for n in names}
         readers = {w: _LatestReader(of_worker) for w, of_worker in tensors.items()}
-        # a single process sends nothing: its chunks are as small as the pieces that arithmetic works on
-        size = means.CHUNK // len(self.world.workers) or 1
-        if self.world.size == 1 and self.world.device.type == "cpu":
-            size = min(size, means.PIECE)
-        for segments in chunks(names, shapes, size):
+        for segments in self._chunks(names, shapes):
             rows = {w: _row(read_piece, segments) for w, read_piece in readers.items()}
             first = shapes[segments[0][0]]
             length = sum(stop - start for _, start, stop in segments)
@@ -156,6 +153,15 @@ class Channel:
         if what is not None:
             self.record(what, sum(t.nbytes for t in shapes.values()))
         return {n: in_shape(result[n], shapes[n]) for n in names}
+
+    def _chunks(self, names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
+        """Segments of tensors that are averaged together. A single process sends nothing and joins no tensors."""
+        size = means.CHUNK // len(self.world.workers) or 1
+        if self.world.size > 1:
+            return chunks(names, like, size)
+        if self.world.device.type == "cpu":
+            size = min(size, means.PIECE)
+        return chain.from_iterable(chunks([name], like, size) for name in names)
 
     def _slices_of(
         self, rows: Mapping[int, Tensor], participants: Sequence[int], width: int, like: Tensor

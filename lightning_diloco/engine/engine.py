@@ -188,11 +188,12 @@ class Engine:
         self._live_module.adopt_outside_changes()
         self._inner.adopt_outside_changes()
         layout, state, worker_state = self._replicas.layout, self._replicas.states[worker], self._inner.workers[worker]
-        several = len(self.local_workers) > 1
+        # every worker's steps change the same attributes, so that looking at the first worker's is enough
+        looks = len(self.local_workers) > 1 and worker == self.local_workers[0]
         layout.activate(state)
         layout.begin_turn()
         self._guard.begin_turn(layout, state, self._outer.tensors)
-        if several:
+        if looks:
             self._attributes.begin_turn(self._inner.live)
         try:
             with (
@@ -210,7 +211,7 @@ class Engine:
                 layout.collect(state)
             where = f"worker {worker}'s turn at local step {self.local_steps + 1}"
             self._guard.end_turn(layout, state, self._inner.live, where)
-            if several:
+            if looks:
                 self._attributes.end_turn(self._inner.live)
         finally:
             layout.end_turn()
