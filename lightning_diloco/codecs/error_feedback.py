@@ -47,7 +47,8 @@ class ErrorFeedback(Codec):
             )
         if self.codec.remembers:
             raise ValueError(
-                f"ErrorFeedback: `codec` (={self.codec!r}) must not keep errors itself. One ErrorFeedback, around all, is enough."
+                f"ErrorFeedback: `codec` (={self.codec!r}) must not keep errors itself. One ErrorFeedback,"
+                " around all, is enough."
             )
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 < self.decay <= 1:
             raise ValueError(
