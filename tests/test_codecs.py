@@ -239,7 +239,7 @@ def test_topk_agrees_with_the_slow_reference(codec, block, values, dtype):
         size = math.prod(shape)  # distinct magnitudes: ties are torch's choice
         x = (torch.randperm(size, generator=g) + 1) * (torch.randint(2, (size,), generator=g) * 2 - 1)
         x = (x.double() / (256 if size <= 256 else 8192)).view(shape)
-        if size > 256 and dtype == torch.bfloat16:
+        if size > 256 and (dtype == torch.bfloat16 or codec.chunk < 4096):  # not distinct there; slow
             continue
         x = x.to(dtype)
         wide = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -445,7 +445,7 @@ def test_padding_never_enters_statistics():
 
 @pytest.mark.parametrize("fraction", [0.3, 0.75, 1.0])
 def test_randomk_sends_each_element_equally_often(fraction):
-    x, draws = torch.ones(10), 4000
+    x, draws = torch.ones(10), 1500
     masks = torch.stack([through(RandomK(fraction), x, seed) for seed in range(draws)])
     count = round(10 * fraction)
     assert (masks.sum(1) == count).all()
@@ -494,10 +494,8 @@ def test_error_feedback_brings_two_bits_closer():
     assert (arrived - x).norm() < 0.2 * (through(Statistical(2), x) - x).norm()
 
 
-@pytest.mark.parametrize("codec", STATELESS, ids=repr)
+@pytest.mark.parametrize("codec", [Int8(), FP4(), Uniform(3), Statistical(2), TopK(16, 3, FP4())], ids=repr)
 def test_half_types_are_computed_in_float32(codec):
-    if isinstance(codec, TopK | RandomK | Identity | Cast):
-        pytest.skip("values travel in the tensor's dtype")
     x = sample((64,), torch.bfloat16, 1)
     assert same(through(codec, x), through(codec, x.float()))
     assert payload_bytes(sent(codec, x)) == payload_bytes(sent(codec, x.float()))
@@ -519,7 +517,7 @@ def test_pieces_and_threads_do_not_change_a_bit(codec):
 
 def test_long_tensors_agree_with_short_ones():
     x = sample((3 * PIECE + 5,), torch.float32, 1)
-    x[0], x[1] = -10, 10
+    x[0], x[1] = -1e4, 1e4
     for codec in (FP4(), Uniform(5)):  # elementwise once the ends are known
         tail = torch.cat([x[:2], x[-100:]])
         assert torch.equal(through(codec, x)[-100:], through(codec, tail)[2:])
@@ -627,7 +625,8 @@ def test_yaml_nests_codecs(codec):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--codec", type=Codec)
     text = parser.dump(parser.parse_object({"codec": plain(codec)}))
-    assert parser.instantiate_classes(parser.parse_string(text)).codec == codec
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the latter in older versions
+    assert instantiate(parser.parse_string(text)).codec == codec
 
 
 def test_codecs_import_torch_alone():
