@@ -24,10 +24,10 @@ def level_codes(
         highest: the last code, at most 255.
         rounding: in place, ``Tensor.round_`` (half to even) or ``Tensor.floor_``.
     """
-    width = float(x.new_tensor(width)) or 1.0  # as the dtype rounds it: 0 / 0 would be NaN
     codes = torch.empty_like(x, dtype=torch.uint8)
     for piece in pieces(len(x), x.device):
         scaled = rounding((x[piece] - offset).div_(width))
+        # 0 / 0 where all elements are equal; a NaN cast to an integer is undefined.
         codes[piece] = scaled.nan_to_num_(0.0).add_(zero).clamp_(0, highest)
     return codes
 
