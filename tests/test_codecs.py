@@ -31,6 +31,7 @@ from lightning_diloco.codecs import (
     payload_bytes,
 )
 from lightning_diloco.codecs.base import PIECE
+from lightning_diloco.codecs.moments import mean_and_sigma
 from lightning_diloco.codecs.packing import pack, packed_bytes, unpack
 
 SHAPES = [(), (0,), (1,), (2,), (7,), (0, 3), (1, 6), (5, 9), (3, 4, 5), (2, 3, 1, 4)]
@@ -513,6 +514,18 @@ def test_pieces_and_threads_do_not_change_a_bit(codec):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(t, payloads[1][n]) for n, t in payloads[0].items())
+
+
+def test_moments_do_not_depend_on_threads():
+    tensors = [torch.randn(PIECE, generator=generator(seed), dtype=torch.float64) + 0.3 for seed in range(10)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append([mean_and_sigma(x) for x in tensors])
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0] == results[1] == results[2]
 
 
 def test_long_tensors_agree_with_short_ones():
