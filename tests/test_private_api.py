@@ -60,6 +60,8 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
 
 
 LAYERS = """
+    codecs.base codecs.levels codecs.moments codecs.packing codecs.identity codecs.cast codecs.int8 codecs.fp4
+    codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.error_feedback codecs
     comm.tensors comm.means comm.world comm.team comm.channel
     state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module
     state.checks state.guard

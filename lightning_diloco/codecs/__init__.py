@@ -1,7 +1,7 @@
-"""Codecs: how a worker's tensor is packed for the wire; one codec, one file.
+"""Codecs: how a worker's tensor is packed for the wire; a file for each codec.
 
-Owns the arithmetic of compression and the layout of payloads. Does not own who sends what and when, the ledger of
-bytes, or the memory of a codec (the engine's). Imports nothing of Lightning and nothing else of this package.
+Owns the arithmetic of compression and the layout of payloads. Imports nothing of Lightning and nothing else of this
+package. Synchronisations don't use codecs yet: ``DilocoStrategy`` has no argument for them.
 
 ============================  ==============================  =========================================
 codec                         bytes for n elements (float32)  source

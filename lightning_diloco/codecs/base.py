@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 Payload = dict[str, Tensor]
-"""Name → packed tensor: all that crosses the wire for one tensor of one worker."""
+"""Name → packed tensor: all that crosses the wire for a tensor of a worker."""
 
 PIECE = 1 << 17
 """Elements that a codec converts at a time on a CPU: its few temporaries stay in the second-level cache."""
 
 
 class Codec(ABC):
-    """Packs one tensor of one worker, and unpacks it where it arrives.
+    """Packs a tensor of a worker, and unpacks it where it arrives.
 
     A codec is an immutable value: two codecs with the same arguments are equal, and ``repr`` shows all arguments.
     Runs are compared and saved by it. Whatever has to outlive an encoding is in ``memory``.
@@ -92,7 +92,7 @@ def shaped(values: Tensor, like: Tensor) -> Tensor:
 
 
 def pieces(size: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover ``size`` elements; one slice on an accelerator, where launches cost more than memory."""
+    """Slices that cover ``size`` elements; a single slice on an accelerator, where launches cost more than memory."""
     step = PIECE if device.type == "cpu" else max(size, 1)
     for start in range(0, size, step):
         yield slice(start, min(size, start + step))
@@ -124,7 +124,7 @@ def check_values(codec: str, values: object) -> None:
 def encode_values(
     codec: Codec | None, values: Tensor, dtype: torch.dtype, memory: dict[str, Tensor], generator: torch.Generator
 ) -> Payload:
-    """The payload for selected values, under names of their own; without a codec, the values in ``dtype``."""
+    """The payload for selected values, under separate names; without a codec, the values in ``dtype``."""
     if codec is None:
         return {"values": values.to(dtype)}
     return {f"values.{name}": t for name, t in codec.encode(values, memory, generator).items()}

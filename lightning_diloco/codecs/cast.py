@@ -26,7 +26,7 @@ class Cast(Codec):
 
     Sent: 2 bytes per element.
     When: first thing to try; bf16 for tensors of any scale, fp16 where elements lie between 1e-4 and 1e4.
-    Cost: one pass.
+    Cost: a pass.
     Proof: ``test_codecs.py::test_cast_rounds_to_nearest_even_and_saturates``.
     """
 

@@ -27,7 +27,7 @@ class FP4(Codec):
 
     Sent: two elements to a byte; E, 2 bytes.
     When: an eighth of the bytes. Streaming DiLoCo uses it without error feedback and measures no loss.
-    Cost: one pass for the maximum, one of integer operations on the bits of the elements for the codes.
+    Cost: a pass for the maximum, a pass of integer operations on the bits of the elements for the codes.
     Proof: ``test_codecs.py::test_fp4_by_hand`` and ``::test_codecs_agree_with_the_slow_reference``.
     """
 

@@ -25,7 +25,7 @@ class Int8(Codec):
 
     Sent: 1 byte per element; m and s, in float32 (float64 for float64 tensors).
     When: the conservative choice: four times fewer bytes, hardly any loss.
-    Cost: one pass for m and σ, one for the codes.
+    Cost: a pass for m and σ, a pass for the codes.
     Proof: ``test_codecs.py::test_int8_by_hand`` and ``::test_codecs_agree_with_the_slow_reference``.
     """
 

@@ -32,7 +32,7 @@ class Statistical(Codec):
 
     Sent: ``bits`` per element, packed; 2^bits means, in float32 (float64 for float64 tensors).
     When: 2 to 4 bits, inside :class:`ErrorFeedback`; without it 2 bits lose much.
-    Cost: one pass for m and σ, one for the codes, one for the means.
+    Cost: a pass for m and σ, a pass for the codes, a pass for the means.
     Proof: ``test_codecs.py::test_statistical_by_hand`` and ``::test_codecs_agree_with_the_slow_reference``.
     """
 

@@ -24,7 +24,7 @@ class Uniform(Codec):
 
     Sent: ``bits`` per element, packed; min and max, in float32 (float64 for float64 tensors).
     When: as the plain baseline. One outlier widens all steps: at 2 bits :class:`Statistical` is much better.
-    Cost: one pass for min and max, one for the codes.
+    Cost: a pass for min and max, a pass for the codes.
     Proof: ``test_codecs.py::test_uniform_by_hand`` and ``::test_codecs_agree_with_the_slow_reference``.
     """
 
