@@ -74,9 +74,10 @@ def trainer(strategy: Any = "auto", **kwargs: Any) -> L.Trainer:
     return L.Trainer(strategy=strategy, **{**defaults, **kwargs})
 
 
-def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
-    """For ``parametrize``: all but the ``quick`` names are marked slow; together they take long."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def slow_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """For ``parametrize``: all but the ``quick`` values are marked slow; together they take long."""
+    quick = list(quick)
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -238,7 +238,7 @@ DATA = {
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", slow_but({"stream", "weighted"}, DATA))
 def test_every_kind_of_loader_goes_on_where_it_was(name: str) -> None:
     undisturbed, journal, _ = run(DATA[name], [])
     run(DATA[name], [Save("on_train_batch_end", {2, 3, 7, 9})])
@@ -252,7 +252,7 @@ def test_every_kind_of_loader_goes_on_where_it_was(name: str) -> None:
     "hook",
     ["on_train_epoch_end", "on_validation_start", "on_validation_batch_end", "on_validation_end", "on_train_batch_end"],
 )
-@pytest.mark.parametrize("limit", [{}, {"max_steps": 14}, {"max_steps": 13, "max_epochs": -1}], ids=str)
+@pytest.mark.parametrize("limit", slow_but([{}], [{}, {"max_steps": 14}, {"max_steps": 13, "max_epochs": -1}]), ids=str)
 def test_the_boundary_between_epochs(limit: dict[str, int], hook: str) -> None:
     """With `max_steps` Lightning itself runs an empty epoch after a file of a complete one, and skips its data."""
     undisturbed, journal, _ = run({}, [], **limit)

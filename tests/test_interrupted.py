@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from algorithms import DataParallel
-from helpers import Net, assert_same, loader, trainer
+from helpers import Net, assert_same, loader, slow_but, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from lightning_diloco import DilocoStrategy
@@ -70,10 +70,10 @@ def assert_same_run(a: Any, b: Any) -> None:
     assert (a.local_steps, a.outer_steps) == (b.local_steps, b.outer_steps)
 
 
-@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", slow_but([ArithmeticError], [ArithmeticError, KeyboardInterrupt]))
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "training_step", "on_before_optimizer_step"])
 @pytest.mark.parametrize("worker", [0, 1, 2])
-@pytest.mark.parametrize("batch", [3, 6])
+@pytest.mark.parametrize("batch", slow_but([3], [3, 6]))
 def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(
     worker: int, hook: str, batch: int, error: Any
 ) -> None:

@@ -7,7 +7,7 @@ import prodigyopt
 import pytest
 import schedulefree
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, slow_but, trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_diloco import DilocoStrategy
@@ -110,7 +110,7 @@ def test_every_replica_is_its_own_run(name: str) -> None:
         assert workers[w].control[0] == control(solo.optimizers[0])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but({"Prodigy", "Adafactor", "own warm-up"}, OPTIMIZERS))
 def test_one_worker_is_the_plain_run(name: str) -> None:
     states = []
     for strategy in ("auto", DilocoStrategy(num_nodes=1, diloco_interval=2, outer_optimizer_kwargs={"lr": 1.0})):

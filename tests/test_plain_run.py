@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, slow_but, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -182,7 +182,7 @@ def run(name: str, strategy: Any, watch: Any = None, **overrides: Any) -> tuple[
     return t, module
 
 
-@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("interval", slow_but([3], [1, 3]))
 @pytest.mark.parametrize("name", CASES)
 def test_one_worker_with_a_plain_average_is_the_plain_run(name: str, interval: int) -> None:
     plain_watch, watch = Watch(), Watch()

@@ -86,6 +86,7 @@ def test_logs_per_worker_are_complete_on_the_first_process(tmp_path: Path) -> No
     assert one == two == four
 
 
+@pytest.mark.slow
 def test_a_validation_by_the_clock_comes_after_the_same_step_everywhere(tmp_path: Path) -> None:
     class Slow(Project):
         def training_step(self, batch, batch_idx):

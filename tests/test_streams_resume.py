@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import trainer
+from helpers import slow_but, trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import CombinedLoader
 from loaders import Lazy as Lazily
@@ -124,7 +124,7 @@ class Shortened(IterableDataset):
         return iter(draw()[:9])
 
 
-@pytest.mark.parametrize("long", [Iterable, lambda: DataLoader(Numbers(60), 2, shuffle=True)])
+@pytest.mark.parametrize("long", slow_but([Iterable], [Iterable, lambda: DataLoader(Numbers(60), 2, shuffle=True)]))
 @pytest.mark.parametrize("name", SHORT)
 def test_shorter_loaders_go_on_after_they_have_begun_again(name, long, tmp_path):
     def both() -> Any:

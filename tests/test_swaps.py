@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, differs, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, differs, loader, regression_data, slow_but, trainer
 
 from lightning_diloco import DilocoStrategy
 
@@ -89,8 +89,8 @@ def undisturbed(**kwargs: Any) -> Any:
     return run(None, **kwargs)
 
 
-@pytest.mark.parametrize("saves", [False, True])
-@pytest.mark.parametrize("by", ["load_state_dict", "data"])
+@pytest.mark.parametrize("saves", slow_but([True], [False, True]))
+@pytest.mark.parametrize("by", slow_but(["data"], ["load_state_dict", "data"]))
 @pytest.mark.parametrize(("swap", "back"), PAIRS)
 def test_weights_swapped_in_and_out_leave_training_as_it_was(swap: str, back: str, by: str, saves: bool) -> None:
     callback = Average(swap, back, by, saves)

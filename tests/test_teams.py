@@ -27,7 +27,7 @@ TEAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("setting", slow_but({"as it comes", "accumulation"}, TEAMS))
+@pytest.mark.parametrize("setting", slow_but({"as it comes"}, TEAMS))
 def test_teams_of_processes_are_workers_with_larger_batches(setting: str, tmp_path: Path) -> None:
     """'four processes on two workers with B each see what two workers with 2B see'"""
     common = {"make": smooth, "precision": "64-true", "samples": 80, **TEAMS[setting]}
@@ -76,7 +76,7 @@ DDP: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("seeded", slow_but([True], [True, False]))
 @pytest.mark.parametrize("setting", slow_but({"as it comes", "manual"}, DDP))
 def test_one_worker_of_two_processes_is_lightnings_ddp(setting: str, seeded: bool, tmp_path: Path) -> None:
     def fit(strategy: Any) -> Any:
