@@ -59,6 +59,20 @@ class Net(L.LightningModule):
         return self.make_optimizer(self.parameters())
 
 
+class WithSlowLayer(Net):
+    """A frozen layer, too, that a hook moves and no optimizer knows."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.slow = nn.Linear(2, 2).requires_grad_(False)
+        with torch.no_grad():
+            self.slow.weight.fill_(0.5)
+            self.slow.bias.fill_(0.5)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.slow.weight.data.add_(self.net[0].weight.data[:2, :2], alpha=0.1)
+
+
 def trainer(strategy: Any = "auto", **kwargs: Any) -> L.Trainer:
     """A quiet CPU Trainer."""
     defaults: dict[str, Any] = {

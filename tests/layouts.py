@@ -5,9 +5,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from helpers import Net, assert_equal, loader, regression_data, trainer
+from helpers import Net, WithSlowLayer, assert_equal, loader, regression_data, trainer
 from processes import run
-from torch import nn
 
 from lightning_diloco import DilocoCallback, DilocoStrategy
 from lightning_diloco.comm import means
@@ -15,18 +14,11 @@ from lightning_diloco.comm import means
 LAYOUTS = [1, 2, 4]
 
 
-class Project(Net):
+class Project(WithSlowLayer):
     """Dropout, BatchNorm, a frozen layer that a hook moves, per-step and per-epoch logging, validation."""
 
     def __init__(self, optimizer: Any = None, batch_norm: bool = True, dropout: float = 0.2) -> None:
         super().__init__(optimizer, batch_norm, dropout)
-        self.slow = nn.Linear(2, 2).requires_grad_(False)
-        with torch.no_grad():
-            self.slow.weight.fill_(0.5)
-            self.slow.bias.fill_(0.5)
-
-    def on_train_batch_start(self, batch, batch_idx):
-        self.slow.weight.data.add_(self.net[0].weight.data[:2, :2], alpha=0.1)
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)

@@ -9,28 +9,17 @@ import lightning as L
 import numpy
 import pytest
 import torch
-from helpers import Net, copy_of, loader, regression_data, trainer
+from helpers import Net, WithSlowLayer, copy_of, loader, regression_data, trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lightning_diloco import Diloco, DilocoSimulator, DilocoStrategy, SyncAlgorithm
 
 
-class Project(Net):
+class Project(WithSlowLayer):
     """BatchNorm, a frozen layer that a hook moves, validation: something for every argument to act on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slow = nn.Linear(2, 2).requires_grad_(False)
-        with torch.no_grad():
-            self.slow.weight.fill_(0.5)
-            self.slow.bias.fill_(0.5)
-
-    def on_train_batch_start(self, batch, batch_idx):
-        self.slow.weight.data.add_(self.net[0].weight.data[:2, :2], alpha=0.1)
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)

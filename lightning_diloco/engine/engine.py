@@ -316,8 +316,7 @@ class Engine:
         If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
         synchronised all the same.
         """
-        self._live_module.search()
-        self._live_module.adopt_outside_changes()
+        self.adopt_outside_changes()
         complete = self.local_steps == self.context.round_start and not self.progress.moved_late
         if complete or self.context.workers_equal_outer_model():
             self.context.policy_application.synchronise_buffers()
