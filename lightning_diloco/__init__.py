@@ -1,29 +1,74 @@
 """DiLoCo on PyTorch Lightning: ``Trainer(strategy=DilocoStrategy(num_nodes=4, diloco_interval=500))``.
 
 Reading order: ``strategy`` → ``_lightning/fitting`` → ``fit`` → ``_lightning/loops`` → ``_lightning/turns`` →
-``engine/engine`` → ``state/live_module`` → ``state/replicas`` → ``state/worker`` → ``algorithms/base`` →
-``algorithms/diloco`` → ``algorithms/context`` → ``state/outer`` → ``state/policies`` → ``comm/channel`` →
-``comm/means`` → ``comm/world``. Importing the package registers ``Trainer(strategy="diloco")``.
+``engine/engine`` → ``engine/turns`` → ``state/live_module`` → ``state/replicas`` → ``state/worker`` →
+``engine/synchronisation`` → ``algorithms/base`` → ``algorithms/diloco`` → ``algorithms/context`` →
+``algorithms/sending`` → ``comm/channel`` → ``comm/means`` → ``state/outer`` → ``state/policies`` → ``comm/world``.
+Importing the package registers ``Trainer(strategy="diloco")``.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_diloco.algorithms import Diloco, OuterStepReport, SyncAlgorithm
+from lightning_diloco.algorithms import (
+    DataParallel,
+    Diloco,
+    DropOut,
+    OuterStepReport,
+    Participation,
+    PeriodicAveraging,
+    PostLocalSGD,
+    SparseLoCo,
+    StreamingDiloco,
+    SyncAlgorithm,
+    Table,
+    Transfer,
+)
 from lightning_diloco.callback import DilocoCallback
+from lightning_diloco.codecs import (
+    FP4,
+    Cast,
+    Codec,
+    ErrorFeedback,
+    Identity,
+    Int8,
+    RandomK,
+    Statistical,
+    TopK,
+    Uniform,
+)
 from lightning_diloco.simulator.facade import DilocoSimulator
 from lightning_diloco.simulator.metrics import EvalStats, TrainStats
 from lightning_diloco.strategy import DilocoStrategy
 
 __version__ = "0.1.0"
 __all__ = [
+    "FP4",
+    "Cast",
+    "Codec",
+    "DataParallel",
     "Diloco",
     "DilocoCallback",
     "DilocoSimulator",
     "DilocoStrategy",
+    "DropOut",
+    "ErrorFeedback",
     "EvalStats",
+    "Identity",
+    "Int8",
     "OuterStepReport",
+    "Participation",
+    "PeriodicAveraging",
+    "PostLocalSGD",
+    "RandomK",
+    "SparseLoCo",
+    "Statistical",
+    "StreamingDiloco",
     "SyncAlgorithm",
+    "Table",
+    "TopK",
     "TrainStats",
+    "Transfer",
+    "Uniform",
 ]
 
 StrategyRegistry.register(

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch.optim import Optimizer
 
-from lightning_diloco.algorithms import SyncAlgorithm
+from lightning_diloco.algorithms import Participation, SyncAlgorithm
+from lightning_diloco.codecs import Codec
 from lightning_diloco.engine.file_format import GROUPING
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
@@ -67,8 +68,10 @@ def outer_factory(
     return factory
 
 
-def configured(algorithm: SyncAlgorithm, factory: OuterFactory) -> dict[str, Any]:
-    """What a run must be resumed with, as plain values: the algorithm and the outer optimizer, with their arguments.
+def configured(
+    algorithm: SyncAlgorithm, factory: OuterFactory, codec: Codec | None, participation: Participation | None
+) -> dict[str, Any]:
+    """What a run must be resumed with, as plain values: algorithm, outer optimizer, codec, participation.
 
     The outer optimizer's arguments include its defaults, so that naming a default makes no difference.
     """
@@ -79,6 +82,8 @@ def configured(algorithm: SyncAlgorithm, factory: OuterFactory) -> dict[str, Any
         "arguments of the algorithm": plain_value(_arguments_of(algorithm)),
         "outer_optimizer_cls": class_name(type(optimizer)),
         "outer_optimizer_kwargs": plain_value({**given, **optimizer.defaults}),
+        "codec": plain_value(codec or algorithm.codec),
+        "participation": plain_value(participation),
     }
 
 
@@ -195,6 +200,12 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     """One of the values of ``choices``, a ``Literal``."""
     if value not in get_args(choices):
         raise ValueError(f"`{name}` (={value!r}) must be one of {', '.join(map(repr, get_args(choices)))}.")
+
+
+def check_instance(name: str, value: Any, cls: type, example: str) -> None:
+    """An object of a class, or None."""
+    if value is not None and not isinstance(value, cls):
+        raise ValueError(f"`{name}` (={value!r}) must be an instance of {cls.__name__}, like {example}, or None.")
 
 
 def check_bool(name: str, value: Any) -> bool:

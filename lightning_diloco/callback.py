@@ -4,7 +4,6 @@ Owns reporting only; no training logic. :class:`~lightning_diloco.DilocoStrategy
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,14 +16,14 @@ _KEYS = ("diloco/outer_step", "diloco/pseudo_gradient_norm", "diloco/drift", "di
 
 
 class DilocoCallback(Callback):
-    """Writes every outer step to the Trainer's loggers; attached automatically unless the Trainer has a DilocoCallback.
+    """Writes every arrival to the Trainer's loggers; attached automatically unless the Trainer has a DilocoCallback.
 
     ===============================  ==================================================================
-    ``diloco/outer_step``            outer steps done, from 1
+    ``diloco/outer_step``            arrivals so far, from 1 (of ``Diloco``: outer steps)
     ``diloco/pseudo_gradient_norm``  ‖Δ‖ of the mean pseudo-gradient
     ``diloco/drift``                 mean over workers of ‖θ_i − θ‖ / ‖θ‖
     ``diloco/cosine``                mean pairwise cosine of the Δ_i; absent with fewer than two workers
-    ``diloco/comm_bytes``            bytes that a worker has sent so far, in a single direction
+    ``diloco/comm_bytes``            bytes that a worker has sent so far, in a single direction: the ledger's total
     ===============================  ==================================================================
 
     The values go straight to ``trainer.loggers`` at the step of the batch that ended the round, whatever
@@ -53,7 +52,6 @@ class DilocoCallback(Callback):
             raise ValueError(f"`callback_metrics` (={callback_metrics!r}) must be a sequence of names out of {_KEYS}.")
         self.per_worker = per_worker
         self.callback_metrics = tuple(callback_metrics)
-        self._sent_bytes = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,24 +61,9 @@ class DilocoCallback(Callback):
                 f" {type(trainer.strategy).__name__}. Pass `Trainer(strategy=DilocoStrategy(...))` or remove the"
                 " callback."
             )
-        self._sent_bytes = 0
-
-    @property
-    @override
-    def state_key(self) -> str:
-        """The same key for subclasses, so that they resume from files of the automatic callback."""
-        return "DilocoCallback"
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"sent_bytes": self._sent_bytes} if self._sent_bytes else {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._sent_bytes = state_dict["sent_bytes"]
 
     def on_outer_step(self, trainer: Trainer, pl_module: LightningModule, report: OuterStepReport) -> None:
-        """Called after every outer step, with the new θ in the live module. Override this method to act on reports."""
+        """Called after every arrival, with the new θ in the live module. Override this method to act on reports."""
 
     def report(self, trainer: Trainer, pl_module: LightningModule, report: OuterStepReport, logging_step: int) -> None:
         """Logs ``report`` and calls :meth:`on_outer_step`; ``Fit.deliver`` calls this.
@@ -91,14 +74,12 @@ class DilocoCallback(Callback):
             report: the outer step.
             logging_step: the step at which Lightning logs the batch that ended the round.
         """
-        self._sent_bytes += report.payload_bytes
-        drift = sum(report.drift) / len(report.drift)
         values: list[float | None] = [
             report.outer_step,
             report.pseudo_gradient_norm,
-            drift,
+            sum(report.drift) / len(report.drift) if report.drift else None,
             report.cosine,
-            self._sent_bytes,
+            trainer.strategy.ledger.total_bytes,  # type: ignore[attr-defined]
         ]
         metrics = {key: float(value) for key, value in zip(_KEYS, values, strict=True) if value is not None}
         for logger in trainer.loggers:

@@ -13,9 +13,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_diloco.algorithms import OuterStepReport, SyncAlgorithm
+from lightning_diloco.algorithms import OuterStepReport, Participation, SyncAlgorithm
 from lightning_diloco.arguments import configured_groups
 from lightning_diloco.callback import DilocoCallback
+from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.team import TeamGradients
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import file_format
@@ -34,7 +35,9 @@ class RunSettings:
     """The arguments of a :class:`~lightning_diloco.DilocoStrategy` that shape a run.
 
     Attributes:
-        configured: algorithm and outer optimizer as plain values, which a resumed run must share with its file.
+        codec: None: the algorithm's own.
+        configured: algorithm, outer optimizer, codec and participation as plain values, which a resumed run must share
+            with its file.
     """
 
     num_workers: int
@@ -44,6 +47,9 @@ class RunSettings:
     policies: Policies
     final_sync: bool
     partition: Partition | None
+    codec: Codec | None
+    participation: Participation | None
+    diagnostics: bool
     configured: dict[str, Any]
 
 
@@ -140,7 +146,7 @@ class Fit:
 
     def set_up(self, optimizers: Sequence[Any]) -> None:
         """``configure_optimizers`` has been called: ``inner_state="reset"`` goes back to the present state."""
-        if self.settings.algorithm.needs_gradients:
+        if type(self.settings.algorithm).needs_gradients is not SyncAlgorithm.needs_gradients:
             _check_needs_gradients(self.settings.algorithm, self.trainer)
         self._initial_state = [copy_state(o.state) for o in flatten_optimizers(optimizers)]
 
@@ -154,9 +160,9 @@ class Fit:
 
     @property
     def awaits_final_sync(self) -> bool:
-        """Whether the file that this fit resumes from was saved in the middle of a round."""
+        """Whether the file that this fit resumes from leaves something to do for a last outer step."""
         state = self._resumed
-        return self.settings.final_sync and state is not None and state["local_steps"] > state["round_start"]
+        return self.settings.final_sync and state is not None and state["outstanding"]
 
     def end_trial(self) -> None:
         """Tuners are done, and the fit proper begins; ``barrier`` in ``_lightning/collectives.py`` calls this."""
@@ -181,6 +187,9 @@ class Fit:
             algorithm=settings.algorithm,
             outer_factory=settings.outer_factory,
             policies=settings.policies,
+            codec=settings.codec,
+            participation=settings.participation,
+            diagnostics=settings.diagnostics,
             seed=self._seed,
             scaler_owner=None if scaler is None else strategy.precision_plugin,  # type: ignore[arg-type]
             schedulers=self._schedulers_in_turns,
@@ -310,6 +319,6 @@ def _check_needs_gradients(algorithm: SyncAlgorithm, trainer: Trainer) -> None:
             )
     if getattr(trainer.strategy.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(
-            f"{name} exchanges gradients, which a gradient scaler scales differently on each worker. Use"
+            f"{name} averages gradients, which a gradient scaler scales differently on each worker. Use"
             " `precision='bf16-mixed'` or '32-true'."
         )

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco._lightning.fitting import FitStrategy
-from lightning_diloco.algorithms import Diloco, SyncAlgorithm
+from lightning_diloco.algorithms import Diloco, Participation, SyncAlgorithm
 from lightning_diloco.arguments import (
     Reduction,
     StartMethod,
@@ -29,11 +29,13 @@ from lightning_diloco.arguments import (
     check_bool,
     check_choice,
     check_count,
+    check_instance,
     check_processes,
     configured,
     outer_factory,
 )
-from lightning_diloco.comm.channel import Ledger
+from lightning_diloco.codecs import Codec
+from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.fit import RunSettings
 from lightning_diloco.state.policies import BufferPolicy, EvalWeights, InnerStatePolicy, NonfinitePolicy, Policies
@@ -68,7 +70,8 @@ class DilocoStrategy(FitStrategy):
         outer_optimizer_kwargs: arguments of the outer optimizer, replacing the defaults wholly. None: for exactly
             ``torch.optim.SGD`` the values of the algorithm's paper (DiLoCo: lr 0.7, momentum 0.9, nesterov), for other
             classes the defaults of the class. Must be None with a callable.
-        algorithm: decides when workers communicate, and which tensors they exchange; None: ``Diloco()``.
+        algorithm: decides when workers communicate, what they send, and what each does with what arrives; None:
+            ``Diloco()``.
         eval_weights: weights and buffers that validation during fit and a checkpoint's ``state_dict`` see: "average"
             (the mean of the replicas), "outer" (θ of the last synchronisation) or "worker" (worker 0's).
         buffers: floating buffers and frozen parameters at a synchronisation: "average" (mean to all), "first" (worker
@@ -80,8 +83,16 @@ class DilocoStrategy(FitStrategy):
         final_sync: do a last outer step on a partial round when training ends normally.
         partition: ``(dataset, num_workers) → a list of indices per worker``: the samples of each worker's shard.
         nonfinite: a worker whose Δ_i is not finite at a synchronisation of N > 1 workers: "raise", "skip" (the mean is
-            over the others; the worker restarts from θ with fresh inner state) or "propagate".
+            over the others; the worker restarts from θ with fresh inner state, whichever part of the model was sent) or
+            "propagate".
         share_frozen: all workers use the same tensors for parameters without ``requires_grad``.
+        codec: packs what workers send, tensor by tensor, before the mean, for example ``FP4()`` or
+            ``ErrorFeedback(Statistical(2))`` of :mod:`lightning_diloco.codecs`; None: the algorithm's own, which is
+            nothing for most. ``Identity()`` sends tensors as they are whatever the algorithm.
+        participation: who takes part in a transfer, for example ``DropOut(0.3)``; None: everybody. Workers that are
+            left out keep their weights and go on.
+        diagnostics: measure norms, cosines and drifts of what is sent; without, reports lack them, and an outer step
+            is somewhat faster.
         reduction: order of summation over several processes: "ordered" (that of the workers: results are bit-identical
             for every layout of workers over processes), "all_reduce" (that of the back end, which may send less), or
             "auto" (ordered on one machine, all_reduce across machines).
@@ -117,6 +128,9 @@ class DilocoStrategy(FitStrategy):
         nonfinite: NonfinitePolicy = "raise",
         share_frozen: bool = False,
         reduction: Reduction = "auto",
+        codec: Codec | None = None,
+        participation: Participation | None = None,
+        diagnostics: bool = True,
         *,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -143,10 +157,10 @@ class DilocoStrategy(FitStrategy):
                 f"`partition` (={partition!r}) must be a callable `(dataset, num_workers) -> list of index lists`, or"
                 " None."
             )
-        if algorithm is not None and not isinstance(algorithm, SyncAlgorithm):
-            raise ValueError(
-                f"`algorithm` (={algorithm!r}) must be an instance of SyncAlgorithm, like Diloco(), or None."
-            )
+        check_instance("algorithm", algorithm, SyncAlgorithm, "Diloco()")
+        check_instance("codec", codec, Codec, "FP4()")
+        check_instance("participation", participation, Participation, "DropOut(0.3)")
+        diagnostics = check_bool("diagnostics", diagnostics)
         check_processes(process_group_backend, timeout, start_method)
         algorithm = algorithm or Diloco()
         factory = outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, algorithm)
@@ -160,7 +174,10 @@ class DilocoStrategy(FitStrategy):
                 policies,
                 final_sync,
                 partition,
-                configured(algorithm, factory),
+                codec,
+                participation,
+                diagnostics,
+                configured(algorithm, factory, codec, participation),
             ),
             reduction,
             accelerator=accelerator,
@@ -199,7 +216,7 @@ class DilocoStrategy(FitStrategy):
 
     @property
     def outer_steps(self) -> int:
-        """Completed synchronisations; 0 before a fit, kept after it."""
+        """Transfers that have arrived: of ``Diloco``, outer steps; 0 before a fit, kept after it."""
         return 0 if self._started is None else self._started.outer_steps
 
     @property
@@ -242,7 +259,8 @@ class DilocoStrategy(FitStrategy):
 
         "parameters_per_worker", "buffers_per_worker", "inner_state_per_worker" and "gradients_per_worker" (0 unless
         gradients are kept between a worker's turns); "outer_model" (θ and its buffers), "outer_state" (of the outer
-        optimizer), "module" (the live module between turns), and "total".
+        optimizer), "algorithm_memory" (anchors, slots, errors that codecs
+        keep, transfers under way), "module" (the live module between turns), and "total".
         """
         return self._engine.memory_report()
 

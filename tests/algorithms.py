@@ -2,50 +2,48 @@
 
 from collections.abc import Sequence
 
-from lightning_diloco import OuterStepReport, SyncAlgorithm
+from lightning_diloco import SyncAlgorithm
 
 
 class PeriodicAveraging(SyncAlgorithm):
-    """Local SGD: every H steps all workers take the mean of their weights."""
+    """Local SGD by hand: every H steps all workers take the mean of their weights."""
 
-    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
+    def after_inner_step(self, step: int) -> None:
         ctx = self.ctx
-        if not ctx.due(step):
-            return []
-        workers = ctx.begin_round()
-        ctx.outer.assign(ctx.channel.mean(ctx.names, ctx.replicas.tensors, workers, what="weights"))
-        ctx.restart(workers, ctx.names, ctx.outer.tensors)
-        return [ctx.end_round()]
-
-
-class DataParallel(SyncAlgorithm):
-    """Gradients are averaged before every step."""
-
-    needs_gradients = True
-
-    def before_inner_step(self, step: int) -> None:
-        ctx = self.ctx
-        gradients = {w: ctx.gradients(w) for w in ctx.local_workers}
-        mean = ctx.channel.mean(ctx.names, gradients.__getitem__, what="gradients")
-        for own in gradients.values():
-            for name, gradient in own.items():
-                gradient.copy_(mean[name])
-
-    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
-        return []
+        if ctx.due(step):
+            ctx.send(ctx.names, ctx.weights, what="weights")
+        for transfer in ctx.arrived():
+            ctx.outer.assign(transfer.mean)
+            ctx.merge(transfer.workers, transfer.names, transfer.mean)
 
 
 class Gossip(SyncAlgorithm):
-    """Workers 0 and 1 take the middle between them; uses exchange, slots, alpha, and counts in its own word."""
+    """Workers 0 and 1 move towards the middle between them; nobody moves θ. Uses groups, slots, alpha, a tag."""
 
-    def after_inner_step(self, step: int) -> Sequence[OuterStepReport]:
+    published = "average"
+    anchors = "own"
+
+    def after_inner_step(self, step: int) -> None:
         ctx = self.ctx
-        if not ctx.due(step):
-            return []
-        ctx.begin_round()
-        received = ctx.channel.exchange([(0, 1)], ctx.names, ctx.replicas.tensors, what="gossip")
-        for worker, values in received.items():
-            for name, value in values.items():
-                ctx.replicas.slot(worker, "partner")[name].copy_(value)
-            ctx.restart([worker], ctx.names, values, alpha=0.5)
-        return [ctx.end_round("gossip")]
+        if ctx.due(step):
+            ctx.send(ctx.names, ctx.weights, groups=[[0, 1]], what="weights", tag="gossip")
+        for transfer in ctx.arrived("gossip"):
+            for worker in [w for w in transfer.workers if w in ctx.local_workers]:
+                for name, value in transfer.mean_of(worker).items():
+                    ctx.slot(worker, "middle")[name].copy_(value)
+                ctx.merge([worker], transfer.names, transfer.mean_of(worker), alpha=0.25)
+
+
+class OneAtATime(SyncAlgorithm):
+    """Only worker (step mod N) steps; all take the mean of their weights when a round ends."""
+
+    def active(self, step: int) -> Sequence[int]:
+        return [step % self.ctx.num_workers]
+
+    def after_inner_step(self, step: int) -> None:
+        ctx = self.ctx
+        if ctx.due(step):
+            ctx.send(ctx.names, ctx.weights, what="weights")
+        for transfer in ctx.arrived():
+            ctx.outer.assign(transfer.mean)
+            ctx.merge(transfer.workers, transfer.names, transfer.mean)

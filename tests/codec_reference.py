@@ -24,7 +24,7 @@ def fp4(x: Numbers) -> list[Any]:
     largest = max((abs(float(v)) for v in x), default=0.0)
     if largest == 0:
         return list(x)
-    top = -1100
+    top = math.floor(math.log2(largest)) - 2  # safely below
     while Fraction(2) ** top < Fraction(largest):
         top += 1
     result = []

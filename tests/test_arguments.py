@@ -15,7 +15,16 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_diloco import Diloco, DilocoSimulator, DilocoStrategy, SyncAlgorithm
+from lightning_diloco import (
+    FP4,
+    Diloco,
+    DilocoSimulator,
+    DilocoStrategy,
+    DropOut,
+    ErrorFeedback,
+    SyncAlgorithm,
+    Table,
+)
 
 
 class Project(WithSlowLayer):
@@ -52,7 +61,11 @@ def outcome(spoil: bool = False, **arguments: Any) -> Any:
 
 class EveryStep(Diloco):
     def after_inner_step(self, step):
-        return [self._synchronise("round")]
+        ctx = self.ctx
+        ctx.send(ctx.names, ctx.delta)
+        for transfer in ctx.arrived():
+            ctx.outer.step(transfer.names, transfer.mean)
+            ctx.merge(transfer.workers, transfer.names, ctx.outer.tensors)
 
 
 def halves(dataset: Any, num_workers: int) -> list[list[int]]:
@@ -72,6 +85,8 @@ LIVE: dict[str, list[dict[str, Any]]] = {  # settings of one argument, all of wh
     "partition": [{}, {"partition": halves}],
     "nonfinite": [{"spoil": True}, {"spoil": True, "nonfinite": "skip"}, {"spoil": True, "nonfinite": "propagate"}],
     "share_frozen": [{}, {"share_frozen": True}],
+    "codec": [{}, {"codec": FP4()}, {"codec": ErrorFeedback(FP4())}],
+    "participation": [{}, {"participation": DropOut(0.5)}, {"participation": Table({4: [0, 2]})}],
 }
 
 
@@ -87,7 +102,8 @@ def test_the_sum_is_ordered_as_long_as_one_process_sums() -> None:
 
 
 def test_none_of_the_arguments_is_missing_here() -> None:
-    elsewhere = {  # tested below
+    elsewhere = {  # tested below, and in test_interface.py
+        "diagnostics",
         "reduction",
         "accelerator",
         "parallel_devices",
@@ -148,7 +164,7 @@ def test_one_strategy_object_serves_several_trainers() -> None:
 
 class NoOuter(SyncAlgorithm):
     def after_inner_step(self, step):
-        return []
+        pass
 
 
 DEFAULTS = {"lr": 0.7, "momentum": 0.9, "nesterov": True}

@@ -7,11 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from algorithms import DataParallel
 from helpers import Net, assert_same, loader, slow_but, trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
-from lightning_diloco import DilocoStrategy
+from lightning_diloco import DataParallel, DilocoStrategy
 
 # Lightning's, beside OnExceptionCheckpoint
 pytestmark = pytest.mark.filterwarnings("ignore:.*(was called without a model|is set, but there is no last)")
@@ -141,13 +140,13 @@ def test_a_file_saved_when_the_outer_step_refused_a_worker_goes_on_with_that_out
 
 
 def test_no_run_resumes_from_a_file_saved_in_the_middle_of_an_outer_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_diloco.algorithms.context import SyncContext
+    from lightning_diloco.state.policies import PolicyApplication
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(SyncContext, "end_round", interrupt)
+        patched.setattr(PolicyApplication, "synchronise_buffers", interrupt)
         said = pytest.warns(UserWarning, match="The outer step after 4 local steps was interrupted")
         with said, pytest.raises(SystemExit):
             run(Ill(None))

@@ -231,19 +231,24 @@ def test_buffers_that_are_views_of_one_storage_stay_so_in_every_replica() -> Non
 
 
 def test_what_an_algorithm_publishes_is_not_taken_for_theta() -> None:
-    class Negative(Diloco):
-        def publish(self):
-            return {n: -t for n, t in self.ctx.outer.tensors.items()}
+    """The module shows the mean of the replicas between rounds; θ, which the algorithm never moves, stays."""
 
-    def run(algorithm: Any) -> Any:
-        L.seed_everything(1, verbose=False)
-        strategy = DilocoStrategy(num_nodes=2, diloco_interval=3, algorithm=algorithm)
-        trainer(strategy, max_epochs=3).fit(Net(), loader(), loader(shuffle=False))
-        return strategy._engine.context.outer.tensors
+    class Apart(Diloco):
+        published = "average"
 
-    theta, published = run(Diloco()), run(Negative())
-    for name, tensor in theta.items():
-        assert torch.equal(tensor, published[name])
+        def after_inner_step(self, step):
+            pass
+
+    L.seed_everything(1, verbose=False)
+    module, strategy = Net(), DilocoStrategy(num_nodes=2, diloco_interval=3, algorithm=Apart())
+    start = copy_of(dict(module.named_parameters()))
+    trainer(strategy, max_epochs=3).fit(module, loader(), loader(shuffle=False))
+    workers = [strategy.worker_state_dict(w) for w in range(2)]
+    for name, theta in strategy._engine.context.outer.tensors.items():
+        assert torch.equal(theta, start[name])
+        mean = workers[0][name] + (workers[1][name] - workers[0][name]) / 2
+        assert torch.equal(module.state_dict()[name], mean)
+        assert torch.equal(strategy.outer_state_dict()[name], mean)
 
 
 def test_mutable_values_in_groups_are_each_workers_own() -> None:

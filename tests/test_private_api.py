@@ -62,11 +62,14 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
 LAYERS = """
     codecs.base codecs.levels codecs.moments codecs.packing codecs.identity codecs.cast codecs.int8 codecs.fp4
     codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.error_feedback codecs
-    comm.tensors comm.means comm.world comm.team comm.channel
+    comm.tensors comm.means comm.statistics comm.ledger comm.world comm.payloads comm.slices comm.team comm.decoded
+    comm.channel
     state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module
-    state.checks state.guard
-    algorithms.report algorithms.context algorithms.base algorithms.diloco algorithms
-    engine.file_format engine.checkpoint engine.progress engine.views engine.engine
+    state.memory state.checks state.guard
+    algorithms.report algorithms.transfer algorithms.participation algorithms.sending algorithms.context
+    algorithms.base algorithms.diloco algorithms.periodic_averaging algorithms.data_parallel algorithms.post_local_sgd
+    algorithms.sparse_loco algorithms.streaming algorithms
+    engine.file_format engine.checkpoint engine.progress engine.turns engine.synchronisation engine.views engine.engine
     arguments callback fit
     _lightning.reclassed _lightning.surface _lightning.hooks _lightning.trainer_state _lightning.io _lightning.rounds
     _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data

@@ -25,22 +25,18 @@ from lightning_diloco.comm.world import World
 pytestmark = pytest.mark.processes
 
 
-def test_pairs_that_cross_processes_in_either_direction_swap(tmp_path: Path) -> None:
-    def talk(size: int) -> tuple[dict[int, float], float]:
+def test_a_mean_over_some_workers_has_their_weights_on_every_process(tmp_path: Path) -> None:
+    def talk(size: int) -> float:
         world = World(4, int(os.environ.get("LOCAL_RANK", 0)), size)
         if size > 1:
             dist.init_process_group("gloo", rank=world.rank, world_size=size)
             world.connect(None, {})
         over = Channel(world, lambda: 0)
         held = {w: {"x": torch.full((3,), float(w))} for w in world.workers}
-        received = over.exchange([(0, 2), (3, 1)], ["x"], held.__getitem__)
-        mean = over.mean(["x"], held.__getitem__, workers=[2, 0], weights=[3, 1])["x"][0].item()
-        return {w: tensors["x"][2].item() for w, tensors in received.items()}, mean
+        return over.mean(["x"], held.__getitem__, workers=[2, 0], weights=[3, 1])["x"][0].item()
 
     for size in LAYOUTS:
-        results = run(talk, size, size, out=tmp_path / str(size))
-        assert {w: v for received, _ in results for w, v in received.items()} == {0: 2.0, 1: 3.0, 2: 0.0, 3: 1.0}
-        assert [mean for _, mean in results] == [1.5] * size
+        assert run(talk, size, size, out=tmp_path / str(size)) == [1.5] * size
 
 
 @pytest.mark.slow

@@ -46,8 +46,8 @@ def run(document: str, tag: str = "") -> int:
 @pytest.mark.parametrize(
     ("document", "blocks", "printed"),
     [
-        ("README", 1, "'outer_model': 264"),
-        ("algorithms", 2, "step 4: the workers' pseudo-gradients have a mean cosine of"),
+        ("README", 2, "'outer_model': 264"),
+        ("algorithms", 3, "step 4: the workers' pseudo-gradients have a mean cosine of"),
         ("checkpoints", 1, ""),
         ("simulator", 1, "outer step 4 after 100 local steps: accuracy "),
     ],

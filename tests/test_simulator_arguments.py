@@ -132,10 +132,12 @@ def test_the_outer_model_is_evaluated_in_rounds_too(tmp_path: Path) -> None:
     """Also where replicas stay apart after an outer step: what is evaluated is neither their mean nor one of them."""
 
     class Apart(Diloco):
-        def _synchronise(self, kind: str) -> Any:
-            ctx, outer = self.ctx, self.ctx.outer
-            outer.step(outer.names, ctx.channel.mean(outer.names, ctx.pseudo_gradient, ctx.begin_round()))
-            return ctx.end_round(kind)
+        def after_inner_step(self, step: int) -> None:
+            ctx = self.ctx
+            if ctx.due(step):
+                ctx.send(ctx.names, ctx.delta)
+            for transfer in ctx.arrived():
+                ctx.outer.step(transfer.names, transfer.mean)
 
     log, expected = Log(), []
     data = classes(20, seed=4)

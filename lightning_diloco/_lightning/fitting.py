@@ -18,7 +18,7 @@ from lightning_diloco._lightning import installation, trainer_state
 from lightning_diloco._lightning.data import shard
 from lightning_diloco._lightning.io import is_truncated
 from lightning_diloco._lightning.team import TeamStrategy
-from lightning_diloco.algorithms.base import is_plain_run
+from lightning_diloco.algorithms.diloco import is_plain_run
 from lightning_diloco.arguments import Reduction
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.engine import file_format
@@ -41,7 +41,13 @@ class FitStrategy(TeamStrategy):
         self._settings = settings
         self._reduction = reduction
         trial = trial_optimizer(settings.outer_factory)
-        self._is_plain_run = is_plain_run(settings.num_workers, settings.algorithm, trial)
+        self._is_plain_run = is_plain_run(
+            settings.num_workers,
+            settings.algorithm,
+            trial,
+            settings.codec or settings.algorithm.codec,
+            settings.participation,
+        )
         self._callback = DilocoCallback()
 
     @property
@@ -68,6 +74,7 @@ class FitStrategy(TeamStrategy):
             **settings.configured,
             "final_sync": settings.final_sync,
             "reduction": self._reduction,
+            "diagnostics": settings.diagnostics,
             **vars(settings.policies),
         }
 
@@ -120,7 +127,7 @@ class FitStrategy(TeamStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._started is not None:
-            self._started.note_step(optimizer)
+            self._started.turns.note_step(optimizer)
         return output
 
     # ---------------------------------------------------------------------------------------- checkpoints

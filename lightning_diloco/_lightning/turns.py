@@ -22,6 +22,7 @@ from lightning.pytorch.trainer import call
 
 from lightning_diloco._lightning.hooks import does_something, rank_of
 from lightning_diloco._lightning.results import WorkerResults
+from lightning_diloco.comm.world import World
 from lightning_diloco.fit import Fit
 
 Outputs = dict[str, Any]
@@ -101,7 +102,7 @@ class WorkerTurns:
         stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
         counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)
         with counters.kept(lambda: set(inputs) <= engine.progress.done):
-            if engine.algorithm.needs_gradients and automatic and stepping:
+            if engine.algorithm.needs_gradients(engine.local_steps + 1) and automatic and stepping:
                 outputs = self._run_after_all_backwards(inputs, batch_idx, counters)
             else:
                 outputs = {}
@@ -113,6 +114,8 @@ class WorkerTurns:
                         else:
                             outputs[w] = self._loop.manual_optimization.run(inputs[w])
                     engine.progress.done.add(w)
+            if engine.differs_in_active_workers:
+                counters.agree(engine.world, f"the turns of local step {engine.local_steps + 1}")
         self._results.fold()
         return outputs
 
@@ -187,12 +190,24 @@ class _Counters:
                 self._write(self._after)
             raise
 
+    def agree(self, world: World, where: str) -> None:
+        """A process of which no worker was active counts as the others do, else the processes' clocks part."""
+        now = self._read()
+        moves = world.gather_all(where, None if now == self._before else _difference(now, self._before))
+        move = next((m for m in moves if m is not None), None)
+        if move is not None and now == self._before:
+            self._write([{k: v + m[k] for k, v in at.items()} for at, m in zip(now, move, strict=True)])
+
     def _read(self) -> list[dict[str, int]]:
         return [dict(vars(tracker)) for tracker in self._trackers]
 
     def _write(self, values: Sequence[Mapping[str, int]]) -> None:
         for tracker, saved in zip(self._trackers, values, strict=True):
             vars(tracker).update(saved)
+
+
+def _difference(now: Sequence[Mapping[str, int]], before: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+    return [{k: v - b[k] for k, v in at.items()} for at, b in zip(now, before, strict=True)]
 
 
 class _Finished:

@@ -1,82 +1,73 @@
-"""The context of an algorithm, and the parts of a synchronisation that all algorithms share.
+"""The context of an algorithm: what it can read, send, take in, write and remember.
 
-Owns the round clock and the diagnostics of a round. :meth:`SyncContext.restart` is the only place that writes trainable
-parameters of replicas. Does not own the outer step itself (``algorithms/diloco.py``) nor the policies that apply at the
-end of a round (``state/policies.py``). Imports nothing of Lightning.
+Owns the clock of the rounds, the transfers that are under way, and :meth:`SyncContext.merge`, the only place that
+writes trainable parameters of replicas during training. Does not own how a transfer is made (``sending.py``), the outer
+step (``state/outer.py``), nor what follows from an arrival (``engine/synchronisation.py``). Imports nothing of
+Lightning.
 """
 
-import math
-import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lightning_diloco.algorithms.report import (
-    OuterStepReport,
-    PseudoGradientStatistics,
-    euclidean_norm,
-    norm_and_cosine,
-)
-from lightning_diloco.comm.channel import Channel, Ledger
+from lightning_diloco.algorithms.sending import Order, Read, Sender
+from lightning_diloco.algorithms.transfer import Transfer
+from lightning_diloco.codecs import Codec
+from lightning_diloco.comm.channel import Channel
+from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.comm.means import Differences
-from lightning_diloco.comm.tensors import bitwise_equal, checksum
+from lightning_diloco.comm.tensors import bitwise_equal
+from lightning_diloco.state.memory import Memory
 from lightning_diloco.state.optimizers import InnerOptimizers
 from lightning_diloco.state.outer import Outer
-from lightning_diloco.state.policies import Policies, PolicyApplication, joined
-from lightning_diloco.state.replicas import Replicas
-
-
-@dataclass
-class _Round:
-    """A synchronisation under way."""
-
-    started: float
-    bytes_before: int
-    participants: list[int]
-    dropped: list[int]
-    drift: tuple[float, ...]
-    statistics: PseudoGradientStatistics
+from lightning_diloco.state.replicas import Layout, Replicas
 
 
 @dataclass
 class SyncContext:
     """The view of the engine that an algorithm works with.
 
+    Everything about single workers (``weights``, ``delta``, ``gradients``, ``slot``, …) can be asked for the workers
+    that this process hosts, ``local_workers``. :meth:`send`, :meth:`arrived` and :meth:`merge` are called on all
+    processes alike.
+
     Attributes:
-        replicas: the workers' states: ``replicas.tensors(i)`` is θ_i, ``replicas.slot(i, name)`` the algorithm's own.
-        outer: θ and the outer optimizer.
-        channel: means and exchanges, recorded in ``ledger``.
-        inner: the inner optimizers, and per worker its state, gradients and random stream.
+        outer: θ and the outer optimizer: ``outer.tensors``, ``outer.step(names, Δ)``, ``outer.assign(values)``.
         interval: H.
         num_workers: N.
-        policies: see :class:`~lightning_diloco.DilocoStrategy`.
         local_steps: completed local steps.
-        round_start: ``local_steps`` when the present round began.
-        outer_steps: completed synchronisations.
+        step: the local step that is under way, from 1.
+        origin: the local step from which rounds are counted: 0, or that of the last flush.
+        outer_steps: arrivals so far.
+        waiting: the transfers under way, in the order sent.
+        taken: the transfers that have arrived in this step.
     """
 
     replicas: Replicas
     outer: Outer
     channel: Channel
     inner: InnerOptimizers
+    memory: Memory
+    sender: Sender
     interval: int
     num_workers: int
-    policies: Policies = field(default_factory=Policies)
     local_steps: int = 0
-    round_start: int = 0
+    step: int = 0
+    origin: int = 0
     outer_steps: int = 0
-    _round: _Round | None = field(default=None, repr=False)
+    waiting: list[Transfer] = field(default_factory=list)
+    taken: list[Transfer] = field(default_factory=list)
+    merged: set[str] = field(default_factory=set)  # parameters that workers have taken over in this step
+    last_sent: dict[str, int] = field(default_factory=dict)  # stream → the step in which it was last sent
+    _flushing: bool = False
+    _moved_late: bool = False
+    _sent_in_step: dict[tuple[str, int], int] = field(default_factory=dict)  # (stream, step) → how many orders
+    _sent_before_flush: dict[str, int] = field(default_factory=dict)
+    _round_ends: bool | None = None  # while flushing: the answer of `due`
 
-    def __post_init__(self) -> None:
-        self.policy_application = PolicyApplication(self.policies, self.replicas, self.outer, self.channel, self.inner)
-
-    @property
-    def ledger(self) -> Ledger:
-        """What has been sent."""
-        return self.channel.ledger
+    # ---------------------------------------------------------------------------------------- reading
 
     @property
     def workers(self) -> list[int]:
@@ -94,141 +85,304 @@ class SyncContext:
         return self.outer.names
 
     @property
-    def in_round(self) -> bool:
-        """Whether a synchronisation has begun and not ended."""
-        return self._round is not None
+    def parameters(self) -> list[str]:
+        """All parameters of the module, frozen ones too; tied ones once."""
+        return [name for name, _ in self.replicas.layout.module.named_parameters()]
 
-    def due(self, step: int) -> bool:
-        """Whether the present round has had its H local steps (or, H having changed on resume, a multiple of them)."""
-        return (step - self.round_start) % self.interval == 0
+    @property
+    def ledger(self) -> Ledger:
+        """What has been sent."""
+        return self.channel.ledger
 
-    def workers_equal_outer_model(self) -> bool:
-        """Whether every worker's trainable parameters are θ's, bit for bit: there is nothing to synchronise."""
-        theta = self.outer.tensors
-        here = all(bitwise_equal(self.replicas.tensors(w)[n], theta[n]) for w in self.local_workers for n in self.names)
-        # agreed between the processes, since the flush that follows is a collective
-        return all(self.channel.world.gather_all(f"the end of training after {self.local_steps} local steps", here))
+    def weights(self, worker: int) -> Mapping[str, Tensor]:
+        """θ_i: parameter name → tensor; not to be written to (:meth:`merge` does that)."""
+        return self.replicas.tensors(worker)
 
-    def pseudo_gradient(self, worker: int) -> Mapping[str, Tensor]:
-        """Δ_i = θ − θ_i over the trainable parameters, in the parameters' dtype, each computed when asked for."""
-        return Differences(self.names, self.outer.tensors, self.replicas.tensors(worker))
+    def anchor(self, worker: int) -> Mapping[str, Tensor]:
+        """The value from which the worker measures Δ_i: θ, or with ``anchors = "own"`` what it last took over."""
+        return self.memory.anchors[worker] if self.memory.own_anchors else self.outer.tensors
+
+    def delta(self, worker: int) -> Mapping[str, Tensor]:
+        """Δ_i = anchor − θ_i over the trainable parameters, in the parameters' dtype, each computed when asked for."""
+        return Differences(self.names, self.anchor(worker), self.replicas.tensors(worker))
 
     def gradients(self, worker: int) -> dict[str, Tensor]:
-        """With ``needs_gradients``, in ``before_inner_step``: worker i's gradients; write to them in place."""
-        kept = self.inner.workers[worker].gradients
-        return {n: kept[p] for n, p in self.replicas.layout.parameters.items() if p in kept}
+        """With ``needs_gradients``, in ``before_inner_step``: the gradients with which the worker is about to step.
 
-    @torch.no_grad()
-    def begin_round(self) -> list[int]:
-        """Opens a synchronisation: measures the workers and returns those that take part.
+        The tensors themselves: writing to them changes the step. Parameters that got a gradient on any worker, see
+        :meth:`names_with_gradients`, have one on all: zeros where the backward pass left none.
+        """
+        kept, parameters = self.inner.workers[worker].gradients, self.replicas.layout.parameters
+        return {n: kept[p] for n, p in parameters.items() if p in kept}
+
+    def names_with_gradients(self) -> list[str]:
+        """The parameters that any worker has a gradient of in this step."""
+        layout = self.replicas.layout
+        here = {
+            n for w in self.local_workers for n, p in layout.parameters.items() if p in self.inner.workers[w].gradients
+        }
+        found = set().union(*self.channel.world.gather_all(f"the gradients of local step {self.step}", here))
+        names = [n for n in layout.names if n in found]
+        for w in self.local_workers:
+            gradients = self.inner.workers[w].gradients
+            for n in names:
+                p = layout.parameters[n]
+                if p not in gradients:
+                    gradients[p] = torch.zeros_like(p)
+                if gradients[p].is_sparse:
+                    raise RuntimeError(
+                        f"The gradient of {n!r} is sparse, which workers can't average. Use `sparse=False`."
+                    )
+        return names
+
+    def inner_state(self, worker: int, key: str) -> dict[str, Tensor]:
+        """Parameter name → an entry of the inner optimizer's state, such as "exp_avg"; the tensors themselves."""
+        names = {p: n for n, p in self.replicas.layout.parameters.items()}
+        states = (item for state in self.inner.workers[worker].states for item in state.items())
+        return {names[p]: values[key] for p, values in states if p in names and key in values}
+
+    def inner_lr(self, worker: int) -> float:
+        """The learning rate of the first group of the worker's first inner optimizer."""
+        return float(self.inner.workers[worker].control[0][0]["lr"])
+
+    def random(self, tag: str, worker: int | None = None) -> torch.Generator:
+        """A CPU generator seeded from (run seed, tag, step, worker): the same on all processes and after a resume."""
+        return self.sender.random(tag, self.step, worker)
+
+    # ---------------------------------------------------------------------------------------- rounds
+
+    def due(self, step: int, offset: int = 0) -> bool:
+        """Whether a round ends: H local steps after training, or the last flush, began, and every H steps from then on.
+
+        Args:
+            step: the local step that is under way.
+            offset: shifts all ends by that many local steps.
+        """
+        if self._round_ends is not None:
+            return self._round_ends
+        done = step - self.origin - offset
+        return done > 0 and done % self.interval == 0
+
+    @property
+    def round_start(self) -> int:
+        """``local_steps`` when the present round began."""
+        return self.origin + (self.local_steps - self.origin) // self.interval * self.interval
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether something is under way, or workers have stepped since they last sent."""
+        recent = {s: at for s, at in self.last_sent.items() if at > self.local_steps - 2 * self.interval}
+        of_weights = [at for stream, at in recent.items() if not stream.startswith("gradients")]
+        latest = min(of_weights or recent.values(), default=self.origin)
+        return bool(self.waiting) or self._moved_late or max(latest, self.origin) < self.local_steps
+
+    # ---------------------------------------------------------------------------------------- sending, arriving
+
+    def send(
+        self,
+        names: Sequence[str],
+        read: Read,
+        *,
+        workers: Iterable[int] | None = None,
+        groups: Iterable[Iterable[int]] | None = None,
+        weights: Mapping[int, float] | None = None,
+        delay: int = 0,
+        tag: str | None = None,
+        what: str = "delta",
+        codec: Codec | None = None,
+    ) -> Transfer:
+        """Workers send tensors, which are averaged; the means arrive ``delay`` local steps later.
+
+        In this order: who takes part (``participation``) → are these tensors of these workers finite (``nonfinite``) →
+        encoding, tensor by tensor → means → ledger. Send before you apply what has arrived: a Δ_i refers to the anchor.
+
+        Args:
+            names: names of the tensors, in the same order on all processes.
+            read: gives worker i's tensors, for example :meth:`delta`; called for ``local_workers`` only.
+            workers: who sends; default all.
+            groups: disjoint groups of workers, instead of ``workers``: means are taken within each (gossip).
+            weights: worker → weight ≥ 0 in the mean; default: equal weights.
+            delay: local steps from sending to arrival, ≥ 0; 0: the transfer arrives at once.
+            tag: a word by which :meth:`arrived` finds the transfer, and by which codecs tell streams apart.
+            what: kind of the tensors, for the ledger: "delta", "weights", "gradients", or a word of your own. Norm,
+                cosine and drift of "weights" are those of θ − weights.
+            codec: packs this transfer, instead of the run's codec; ``Identity()``: unpacked.
+
+        Returns:
+            The transfer; without ``means``, and not under way, if nobody takes part, or if a flush finds that these
+            workers have not stepped since they last sent this.
 
         Raises:
-            RuntimeError: a worker's Δ_i is not finite, N > 1, and ``nonfinite`` is "raise" (or all workers are bad);
-                or the previous synchronisation is still open.
+            ValueError: a wrong delay, wrong workers or groups, or numbers that a codec can't pack.
+            RuntimeError: values are not finite, see :class:`~lightning_diloco.DilocoStrategy`.
         """
-        if self._round is not None:
-            raise RuntimeError("`begin_round` was called twice. Close the first synchronisation with `end_round`.")
-        started = time.perf_counter()
-        theta, world = self.outer.tensors, self.channel.world
-        norms = {w: euclidean_norm(self.pseudo_gradient(w), self.names) for w in self.local_workers}
-        where = f"the synchronisation after {self.local_steps} local steps"
-        # Norms, signals and a checksum travel in a single gather, because every gather waits for the slowest process.
-        # Each process computes θ by itself; only the checksum tells that a process has arrived at another θ.
-        gathered = world.gather_all(where, (norms, world.signals, checksum(theta) if world.size > 1 else 0))
-        odd = next((r for r, theirs in enumerate(gathered) if theirs[2] != gathered[0][2]), None)
-        if odd is not None:
-            raise RuntimeError(
-                f"Process {odd} holds another outer model θ than process 0 at {where}: something wrote different"
-                " weights into the module on different processes. Callbacks and hooks must write the same everywhere."
-            )
-        world.learn_signals(signals for _, signals, _ in gathered)
-        norms = self._joined_norms([theirs for theirs, _, _ in gathered])
-        scale = euclidean_norm(theta, self.names)
-        drift = tuple(norms[w] / scale if scale > 0 else norms[w] for w in self.workers)
-        tolerant = self.num_workers == 1 or self.policies.nonfinite == "propagate"
-        bad = [w for w in self.workers if not (tolerant or math.isfinite(norms[w]))]
-        good = [w for w in self.workers if w not in bad]
-        if bad and (self.policies.nonfinite == "raise" or not good):
-            raise RuntimeError(
-                f"The pseudo-gradient of worker {', '.join(map(str, bad))} is not finite at local step"
-                f" {self.local_steps} ({len(bad)} of {self.num_workers} workers). Its weights, or θ's, hold NaN or"
-                " infinity. Lower the inner learning rate or clip gradients; `DilocoStrategy(nonfinite='skip')`"
-                " leaves such workers out of a mean (one finite worker must remain), 'propagate' lets the values"
-                " through."
-            )
-        for w in bad:
-            warnings.warn(
-                f"Worker {w} is left out of the outer step at local step {self.local_steps}: its pseudo-gradient is not"
-                " finite. It restarts from θ with fresh inner state.",
-                stacklevel=2,
-            )
-        statistics = self.channel.observer = PseudoGradientStatistics(theta)
-        # set last: an error above must leave no open synchronisation
-        self._round = _Round(started, self.ledger.total_bytes, good, bad, drift, statistics)
-        return good
+        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+            raise ValueError(f"`delay` (={delay!r}) must be an integer ≥ 0: local steps from sending to arrival.")
+        if workers is not None and groups is not None:
+            raise ValueError("Give either `workers` or `groups`, not both.")
+        order = Order(
+            names=list(names),
+            read=read,
+            groups=[list(g) for g in groups]
+            if groups is not None
+            else [list(self.workers if workers is None else workers)],
+            weights=weights,
+            step=self.step,
+            delay=0 if self._flushing else delay,
+            tag=tag,
+            what=what,
+            codec=codec,
+            assigns=groups is None and self._may_assign(list(names), read, delay, what),
+        )
+        count = self._sent_in_step.get((order.stream, self.step), 0)
+        self._sent_in_step = {k: n for k, n in self._sent_in_step.items() if k[1] == self.step}
+        self._sent_in_step[order.stream, self.step] = count + 1
+        order = replace(order, again=f", {count}" if count and not self._flushing else "")
+        if self._flushing and not self._has_news(order):
+            return Transfer(order.names, [], sent=self.step, due=self.step, tag=tag, what=what)
+        transfer = self.sender.send(order)
+        if transfer.means:
+            self.last_sent[order.stream] = self.step
+            self.waiting.append(transfer)
+        return transfer
 
-    def _joined_norms(self, gathered: Sequence[Mapping[int, float]]) -> dict[int, float]:
-        norms: dict[int, float] = {}
-        for w, norm in (item for theirs in gathered for item in theirs.items()):
-            if repr(norms.setdefault(w, norm)) != repr(norm):  # of another member of its team; NaN is itself
-                warnings.warn(
-                    f"The processes of worker {w} hold different weights at local step {self.local_steps}, and the"
-                    " outer step mixes them. Look for random numbers in the optimizer's step, gradients that bypass"
-                    " `manual_backward`, or different hardware.",
-                    stacklevel=3,
-                )
-        return norms
+    def _may_assign(self, names: Sequence[str], read: Read, delay: int, what: str) -> bool:
+        """Whether θ will be the mean of the weights, so that this mean can be sent in place of Δ's, bit for bit."""
+        shared = not self.memory.own_anchors and not any(set(names) & set(t.names) for t in self.waiting)
+        known = what == "delta" and read == self.delta and delay == 0
+        return shared and known and self.outer.is_plain_average
+
+    def _has_news(self, order: Order) -> bool:
+        """While flushing: whether workers have stepped since they last sent this, and differ from their anchors."""
+        sent_at = self._sent_before_flush.get(order.stream, self.origin)
+        if self._round_ends is False or (sent_at >= self.step and not self._moved_late):
+            return False  # whatever a flush sends, it sends once: when rounds end
+        known = set(order.names) & set(self.names)
+        here = len(known) == len(order.names) and all(
+            bitwise_equal(self.weights(w)[n], self.anchor(w)[n]) for w in self.local_workers for n in known
+        )
+        # agreed between the processes, since the sending that follows is a collective
+        return not all(self.channel.world.gather_all(f"the end of training after {self.step} local steps", here))
+
+    def arrived(self, tag: str | None = None) -> list[Transfer]:
+        """The transfers that arrive in this step, in the order sent; each is handed out once.
+
+        Args:
+            tag: only those sent with this tag; None: all.
+        """
+        landing = self._flushing and self._round_ends is False
+        here = [t for t in self.waiting if (t.due <= self.step or landing) and tag in (None, t.tag)]
+        self.waiting = [t for t in self.waiting if t not in here]
+        self.taken += here
+        return here
 
     @torch.no_grad()
-    def restart(
-        self, workers: Iterable[int], names: Iterable[str], values: Mapping[str, Tensor], alpha: float = 0.0
+    def merge(
+        self,
+        workers: Iterable[int],
+        names: Iterable[str],
+        values: Mapping[str, Tensor],
+        alpha: float = 0.0,
+        index: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Each worker's parameters become ``α·θ_i + (1−α)·values``.
+        """``θ_i ← α·θ_i + (1−α)·values`` and ``anchor_i ← values`` for each of the workers.
 
         Args:
             workers: which workers; those hosted elsewhere are left to their process.
             names: which parameters.
-            values: parameter name → target, in the parameter's shape.
+            values: parameter name → target, in the parameter's shape (with ``index``: one value per position).
             alpha: weight of the local value, 0 ≤ α ≤ 1; 0 copies, so that not even a NaN of the replica survives.
+                Workers that were left out because their values were not finite always copy.
+            index: parameter name → positions in the flattened parameter, int64; the others stay as they are.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` (={alpha}) must lie between 0 (take the values) and 1 (keep the replica).")
         names = list(names)
+        self.sender.writing = True
+        self.merged.update(names)
+        rejected = {w for t in self.taken for w in t.rejected}
         for w in [w for w in workers if w in self.local_workers]:
-            replica = self.replicas.tensors(w)
-            for n in names:
-                if alpha == 0:
-                    replica[n].copy_(values[n])
-                else:
-                    replica[n].mul_(alpha).add_(values[n], alpha=1 - alpha)
+            put = _copy if alpha == 0 or w in rejected else _mix(alpha)
+            targets = [(self.replicas.tensors(w), put)]
+            if self.memory.own_anchors:
+                targets.append((self.memory.anchors[w], _copy))
+            for tensors, write in targets:
+                for n in names:
+                    if index is None:
+                        write(tensors[n], values[n])
+                    else:
+                        _scatter(tensors[n], index[n], values[n], write)
 
-    @torch.no_grad()
-    def end_round(self, kind: str = "round") -> OuterStepReport:
-        """Closes a synchronisation: applies the policies for buffers, inner state and dropped workers."""
-        done = self._round
-        if done is None:
-            raise RuntimeError("`end_round` was called without `begin_round`. Open the synchronisation with it first.")
-        self.channel.observer = None
-        where = f"the end of the synchronisation after {self.local_steps} local steps"
-        application = self.policy_application
-        # before any collective of the policies: all processes must choose the same tensors for it
-        gathered = self.channel.world.gather_all(where, (application.survey_here(), done.statistics.parts()))
-        survey = joined([of_process for of_process, _ in gathered])
-        application.synchronise_frozen(done.participants, survey)
-        application.synchronise_buffers(done.participants, survey)
-        application.synchronise_inner_state(done.participants, done.dropped)
-        self.round_start = self.local_steps
-        self.outer_steps += 1
-        self._round = None
-        norm, cosine = norm_and_cosine([parts for _, parts in gathered])
-        return OuterStepReport(
-            step=self.local_steps,
-            outer_step=self.outer_steps,
-            kind=kind,
-            pseudo_gradient_norm=norm,
-            drift=done.drift,
-            cosine=cosine,
-            payload_bytes=self.ledger.total_bytes - done.bytes_before,
-            participants=tuple(done.participants),
-            seconds=time.perf_counter() - done.started,
-        )
+    # ---------------------------------------------------------------------------------------- memory
+
+    def slot(self, worker: int, name: str, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Tensors of a worker under a name of yours, zeros at first: shaped like its parameters, or like ``like``.
+
+        They are in checkpoints, move with the run, and entries of a parameter that is written from outside start anew.
+        """
+        return self.memory.slot(worker, name, like)
+
+    def memo(self, name: str) -> dict[str, Tensor]:
+        """As :meth:`slot`, once for all workers: write the same on all processes. Empty at first."""
+        return self.memory.memo(name)
+
+    # ---------------------------------------------------------------------------------------- flush
+
+    def land(self) -> None:
+        """First part of a flush: everything under way arrives, and no round ends."""
+        self._round_ends = False
+
+    def end_rounds(self) -> None:
+        """Second part of a flush: every round ends, and what is sent arrives at once."""
+        self._round_ends = True
+
+    def flush(self, flush: Callable[[int], None], moved_late: bool) -> None:
+        """Lets the algorithm flush; afterwards rounds are counted from here.
+
+        Args:
+            flush: the algorithm's.
+            moved_late: whether workers have moved since the last local step was counted.
+        """
+        self._flushing, self._moved_late, self._sent_before_flush = True, moved_late, dict(self.last_sent)
+        try:
+            flush(self.step)
+        finally:
+            self._flushing, self._moved_late, self._round_ends = False, False, None
+        self.origin = self.local_steps
+
+    # ---------------------------------------------------------------------------------------- outside changes
+
+    def rebase(self, written: Mapping[str, Tensor]) -> None:
+        """Parameters were written from outside: the transfers under way follow."""
+        for transfer in self.waiting:
+            transfer.rebase(written)
+
+    def relayout(self, old: Layout, layout: Layout) -> None:
+        """Parameters came, went or were renamed: transfers under way carry those that are still there."""
+        renamed = {before: name for name, before in layout.previous_names(old).items()}
+        for t in self.waiting:
+            kept = [n for n in t.names if n not in old.parameters or n in renamed]
+            t.names = [renamed.get(n, n) for n in kept]
+            t.means = [{renamed.get(n, n): mean[n] for n in kept} for mean in t.means]
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    target.copy_(value)
+
+
+def _mix(alpha: float) -> Callable[[Tensor, Tensor], None]:
+    def mix(target: Tensor, value: Tensor) -> None:
+        target.mul_(alpha).add_(value, alpha=1 - alpha)
+
+    return mix
+
+
+def _scatter(target: Tensor, index: Tensor, values: Tensor, write: Callable[[Tensor, Tensor], None]) -> None:
+    flattened = target.view(-1) if target.is_contiguous() else target.reshape(-1)
+    selected = values.to(target.dtype)
+    if write is not _copy:
+        selected = flattened.index_select(0, index)
+        write(selected, values)
+    flattened.scatter_(0, index, selected)
+    if flattened.data_ptr() != target.data_ptr():
+        target.copy_(flattened.view(target.shape))

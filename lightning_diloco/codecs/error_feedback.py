@@ -55,6 +55,7 @@ class ErrorFeedback(Codec):
                 f"ErrorFeedback: `decay` (={self.decay!r}) must be a number in (0, 1]: the part of the error that is"
                 f" kept. Without error feedback use {self.codec!r} itself."
             )
+        object.__setattr__(self, "decay", float(self.decay))  # 1 and 1.0 are the same setting
 
     @override
     def encode(self, x: Tensor, memory: dict[str, Tensor], generator: torch.Generator) -> Payload:

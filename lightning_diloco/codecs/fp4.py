@@ -25,6 +25,8 @@ class FP4(Codec):
     E stays within −119 … 127 (−1015 … 1023 in float64), so that every level is a normal number: elements below 1e-38
     become 0.
 
+    A tensor with NaN or infinity decodes to NaN everywhere: no power of two says it.
+
     Sent: two elements to a byte; E, 2 bytes.
     When: an eighth of the bytes. Streaming DiLoCo uses it without error feedback and measures no loss.
     Cost: a pass for the maximum, a pass of integer operations on the bits of the elements for the codes.
@@ -36,7 +38,7 @@ class FP4(Codec):
         values = flat(x, self)
         integer, mantissa, bias = _format(values.dtype)
         exponent = _exponent(values, bias)
-        base = exponent - 7 + bias  # biased exponent of the largest power of two with code 0
+        base = min(exponent, bias) - 7 + bias  # biased exponent of the largest power of two with code 0
         half = base << mantissa  # the bits of half of the smallest level
         # The addition carries into the exponent exactly where the mantissa exceeds √2.
         carry = (2 << mantissa) - math.isqrt(2 << 2 * mantissa) - 1
@@ -53,10 +55,15 @@ class FP4(Codec):
     @override
     def decode(self, payload: Payload, like: Tensor) -> Tensor:
         exponent = int(payload["exponent"])
-        levels = [0.0, *(math.ldexp(1.0, exponent - 7 + code) for code in range(1, 8))]
         dtype, device = arithmetic(like.dtype), payload["codes"].device
+        if exponent == _NOT_FINITE:
+            return torch.full(like.shape, math.nan, dtype=dtype, device=device)
+        levels = [0.0, *(math.ldexp(1.0, exponent - 7 + code) for code in range(1, 8))]
         table = torch.tensor(levels + [-level for level in levels], dtype=dtype, device=device)
         return shaped(look_up(table, unpack(payload["codes"], like.numel(), 4)), like)
+
+
+_NOT_FINITE = 2**14  # in place of an exponent
 
 
 def _format(dtype: torch.dtype) -> tuple[torch.dtype, int, int]:
@@ -69,5 +76,8 @@ def _exponent(values: Tensor, bias: int) -> int:
     if not len(values):
         return 0
     low, high = torch.aminmax(values)
-    fraction, exponent = math.frexp(max(-float(low), float(high)))
+    largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        return _NOT_FINITE
+    fraction, exponent = math.frexp(largest)
     return min(max(exponent - (fraction == 0.5), 8 - bias), bias)

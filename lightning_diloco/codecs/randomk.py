@@ -41,6 +41,7 @@ class RandomK(Codec):
                 " sent. For 1 in 100 give 0.01."
             )
         check_values("RandomK", self.values)
+        object.__setattr__(self, "fraction", float(self.fraction))  # 1 and 1.0 are the same setting
 
     @override
     def encode(self, x: Tensor, memory: dict[str, Tensor], generator: torch.Generator) -> Payload:

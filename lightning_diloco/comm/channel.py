@@ -1,77 +1,50 @@
-"""Means and exchanges of tensors between workers, wherever they are hosted, and the ledger that counts their bytes.
+"""Means of tensors over workers, wherever they are hosted, dense or coded; and the ledger's clock.
 
-Does not own the arithmetic of a mean (``means.py``), the choice of tensors and steps (``algorithms/``), nor the layout
-of workers over processes (``world.py``). Imports nothing of Lightning.
+Does not own the arithmetic of a mean (``means.py``, ``decoded.py``), the transport of payloads (``payloads.py``), the
+choice of tensors and steps (``algorithms/``), nor the layout of workers over processes (``world.py``). Imports nothing
+of Lightning.
 
 A mean over W processes moves each tensor as a ring all-reduce does, twice: with n workers per process and P bytes, a
 process sends n·P·(W−1)/W, so that each process can sum its slice of the tensor in the workers' order, and P·(W−1)/W
-with the result. For n = 1 that is the ring's 2P(W−1)/W, H times less often than under DDP.
+with the result. For n = 1 that is the ring's 2P(W−1)/W, H times less often than under DDP. With a codec each process
+sends its workers' payloads to every other, n·C·(W−1) for C bytes of payload, and decodes all of them: a payload can't
+be cut into slices.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_diloco.codecs.base import Codec, Payload, payload_bytes
 from lightning_diloco.comm import means
-from lightning_diloco.comm.means import accumulator, chunks, in_shape, mean_of, reader, room_for, shape_of
-from lightning_diloco.comm.tensors import bytes_of, flat, real_view
+from lightning_diloco.comm.decoded import DecodedMean
+from lightning_diloco.comm.ledger import Ledger, LedgerEntry
+from lightning_diloco.comm.means import (
+    PieceMeans,
+    Row,
+    accumulator,
+    chunks,
+    in_shape,
+    joined_names,
+    joined_rows,
+    room_for,
+    shape_of,
+)
+from lightning_diloco.comm.payloads import gathered
+from lightning_diloco.comm.slices import LatestReader, gathered_slices, own_part, slices_of
+from lightning_diloco.comm.statistics import MeanStatistics
 from lightning_diloco.comm.world import World
 
 _MEAN = "a mean over workers"
+_HELD = 0.05  # decoded elements in memory beside the result of a coded mean, over the elements of that result
 
 Read = Callable[[int], Mapping[str, Tensor]]  # worker → named tensors
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """An entry of the ledger.
-
-    Attributes:
-        local_step: local steps done at the exchange.
-        what: kind of the tensors: "delta", "weights", "buffers", "inner_state", or a word of the algorithm's.
-        payload_bytes: bytes that each participant sends, in one direction; the factors of a ring (2(N−1)/N) and of a
-            parameter server (up and down) are not included.
-    """
-
-    local_step: int
-    what: str
-    payload_bytes: int
-
-
-@dataclass
-class Ledger:
-    """Every exchange of a fit, in order. Means for evaluation are not communication and don't appear."""
-
-    entries: list[Exchange] = field(default_factory=list)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that a worker has sent so far, in one direction."""
-        return sum(entry.payload_bytes for entry in self.entries)
-
-
-class MeanObserver(Protocol):
-    """Statistics that are taken from the pieces of a mean as they pass through this process."""
-
-    def add(self, what: str | None, name: str, start: int, rows: Sequence[Tensor], mean: Tensor) -> None:
-        """Adds a piece of tensor ``name``, flattened, from element ``start`` on.
-
-        Args:
-            what: the ledger's word for the exchange.
-            name: name of the tensor.
-            start: first element of the piece.
-            rows: the participants' values, in order; empty with ``reduction="all_reduce"`` over several processes.
-            mean: their mean.
-        """
-
-
 class Channel:
-    """Mean and exchange over all workers. Every process calls the same methods in the same order.
+    """Means over workers. Every process calls the same methods in the same order.
 
     Args:
         world: the processes and the workers that each hosts.
@@ -81,7 +54,7 @@ class Channel:
 
     Attributes:
         workers: global ids of all workers.
-        observer: statistics of the present round, if not None.
+        ledger: what was sent, as far as it was recorded.
     """
 
     def __init__(self, world: World, clock: Callable[[], int], ordered: bool = True) -> None:
@@ -90,114 +63,192 @@ class Channel:
         self.ledger = Ledger()
         self.clock = clock
         self.ordered = ordered
-        self.observer: MeanObserver | None = None
 
+    @torch.no_grad()
     def mean(
         self,
         names: Iterable[str],
         read: Read,
         workers: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
-        what: str | None = "delta",
         like: Mapping[str, Tensor] | None = None,
+        statistics: MeanStatistics | None = None,
     ) -> dict[str, Tensor]:
         """The mean over workers, tensor by tensor; see :func:`~lightning_diloco.comm.means.mean_of`.
 
-        Tensors are cut into chunks, so that memory stays bounded. Each process averages its slice of a chunk, and all
-        processes gather the slices.
+        Tensors are cut into pieces, so that memory stays bounded. Over several processes each process averages its
+        slice of a chunk, and all processes gather the slices. Records nothing: see :meth:`record`.
 
         Args:
             names: names of the tensors, in the same order on all processes.
-            read: gives worker i's tensors; called for workers hosted here only. Shapes and dtypes are equal for all
-                workers.
+            read: gives worker i's tensors; called once for each participant hosted here. Shapes and dtypes are equal
+                for all workers.
             workers: the participants; default all.
             weights: a weight ≥ 0 per participant, normalised to sum 1 here; default 1/N each.
-            what: the ledger's word for the exchange; None for means that no real cluster would send.
             like: name → a tensor of the right shape, dtype and device; default: the tensors that ``read`` gives for the
                 first worker hosted here.
+            statistics: measures what passes through this process.
 
         Returns:
             New tensors of the inputs' shapes; half types come back as float32, in which they are accumulated.
         """
-        workers, names = self.workers if workers is None else list(workers), list(names)
-        if weights is not None and (len(weights) != len(workers) or min(weights) < 0 or not sum(weights)):
+        names = list(names)
+        workers, weights = self._participants(workers, weights)
+        tensors, shapes = self._tensors_of(names, read, workers, like)
+        if self.world.size == 1:
+            return self._mean_here(names, tensors, shapes, weights, statistics)
+        result = {n: room_for(shapes[n]) for n in names}
+        readers = {w: LatestReader(of_worker) for w, of_worker in tensors.items()}
+        for segments in chunks(names, shapes, means.CHUNK // len(self.world.workers) or 1):
+            rows = {w: read_piece.joined(segments) for w, read_piece in readers.items()}
+            first = shapes[segments[0][0]]
+            length = sum(stop - start for _, start, stop in segments)
+            width = -(-length // self.world.size)
+            if self.ordered:
+                slices = slices_of(self.world, rows, workers, width, first, _MEAN)
+                chunk = self._averaged(slices, weights, own_part(self.world, segments, width), statistics)
+            else:
+                chunk = self._reduced(rows, workers, weights, length, first)
+                if statistics is not None:
+                    for name, start, low, high in own_part(self.world, segments, width):
+                        part = chunk[self.world.rank * width :][low:high]
+                        statistics.add_square(statistics.square_of(name, start, part))
+            at = 0
+            for name, start, stop in segments:
+                result[name][start:stop] = chunk[at : at + stop - start]
+                at += stop - start
+        return {n: in_shape(result[n], shapes[n]) for n in names}
+
+    @torch.no_grad()
+    def coded_mean(
+        self,
+        names: Iterable[str],
+        read: Read,
+        codec: Codec,
+        memories: Callable[[int, str], dict[str, Tensor]],
+        generators: Callable[[int], torch.Generator],
+        workers: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+        like: Mapping[str, Tensor] | None = None,
+        statistics: MeanStatistics | None = None,
+    ) -> tuple[dict[str, Tensor], int]:
+        """The mean of what each worker's payload decodes to; the arithmetic is that of :meth:`mean`.
+
+        Tensor by tensor every participant hosted here encodes; over several processes the payloads themselves are
+        gathered, and every process decodes and averages all of them. Records nothing: see :meth:`record`.
+
+        Args:
+            names: as for :meth:`mean`; a participant encodes in this order.
+            read: as for :meth:`mean`.
+            codec: encodes and decodes.
+            memories: (worker, name) → what the codec keeps of that tensor from call to call.
+            generators: worker → its random numbers, the same on all processes of a team.
+            workers: as for :meth:`mean`.
+            weights: as for :meth:`mean`.
+            like: as for :meth:`mean`.
+            statistics: measures the decoded values and their mean.
+
+        Returns:
+            New tensors of the inputs' shapes in the dtype of decoded ones (float32, or float64 for float64); and the
+            bytes that a participant has sent, of the one that sent most.
+        """
+        names = list(names)
+        workers, weights = self._participants(workers, weights)
+        tensors, shapes = self._tensors_of(names, read, workers, like)
+        drawn_from = {w: generators(w) for w in tensors}
+        sent = dict.fromkeys(workers, 0)
+        decoded = DecodedMean(codec, len(workers), weights)
+        most = int((1 + _HELD) * sum(t.numel() for t in shapes.values()))  # of the result and beside it
+        result: dict[str, Tensor] = {}
+        for group in self._groups(names, shapes, len(workers)):
+            here: dict[int, list[Payload]] = {w: [] for w in tensors}
+            for name in group:
+                for w, of_worker in tensors.items():
+                    here[w].append(codec.encode(of_worker[name], memories(w, name), drawn_from[w]))
+            payloads = gathered(self.world, here, shapes[group[0]].device, _MEAN)
+            for i, name in enumerate(group):
+                of_tensor = [payloads[w][i] for w in workers]
+                for w, payload in zip(workers, of_tensor, strict=True):
+                    sent[w] += payload_bytes(payload)
+                size = shapes[name].numel()
+                most -= size
+                part = (size * self.world.rank // self.world.size, size * (self.world.rank + 1) // self.world.size)
+                result[name] = decoded.of(name, of_tensor, shapes[name], statistics, part, most)
+        return result, max(sent.values())
+
+    def _participants(
+        self, workers: Sequence[int] | None, weights: Sequence[float] | None
+    ) -> tuple[list[int], list[float] | None]:
+        """The participants in ascending order, with their weights."""
+        workers = self.workers if workers is None else list(workers)
+        if weights is None:
+            return sorted(workers), None
+        if len(weights) != len(workers) or min(weights) < 0 or not sum(weights):
             raise ValueError(
                 f"`weights` (={list(weights)}) must hold one number ≥ 0 for each of the {len(workers)} participants"
                 " and not only zeros."
             )
-        if weights is not None:
-            weights = [weight for _, weight in sorted(zip(workers, weights, strict=True))]
-        workers = sorted(workers)
+        return sorted(workers), [weight for _, weight in sorted(zip(workers, weights, strict=True))]
+
+    def _tensors_of(
+        self, names: Sequence[str], read: Read, workers: Sequence[int], like: Mapping[str, Tensor] | None
+    ) -> tuple[dict[int, Mapping[str, Tensor]], dict[str, Tensor]]:
+        """The tensors of participants hosted here, and the shapes of all tensors."""
         tensors = {w: read(w) for w in workers if w in self.world.workers}
         if like is None:
             like = next(iter(tensors.values())) if tensors else read(self.world.workers[0])
-        shapes = {n: shape_of(like, n) for n in names}
-        result = {n: room_for(shapes[n]) for n in names}
-        readers = {w: _LatestReader(of_worker) for w, of_worker in tensors.items()}
-        for segments in self._chunks(names, shapes):
-            rows = {w: _row(read_piece, segments) for w, read_piece in readers.items()}
-            first = shapes[segments[0][0]]
-            length = sum(stop - start for _, start, stop in segments)
-            width = -(-length // self.world.size)
-            if self.ordered or self.world.size == 1:
-                slices = self._slices_of(rows, workers, width, first)
-                chunk = self._gathered(mean_of(slices, weights))
-            else:
-                slices = []
-                chunk = self._reduced(rows, workers, weights, length, first)
-            at = 0
-            for name, start, stop in segments:
-                result[name][start:stop] = chunk[at : at + stop - start]
-                self._observe(what, name, start, at, at + stop - start, width, slices, chunk)
-                at += stop - start
-        if what is not None:
-            self.record(what, sum(t.nbytes for t in shapes.values()))
-        return {n: in_shape(result[n], shapes[n]) for n in names}
+        return tensors, {n: shape_of(like, n) for n in names}
 
-    def _chunks(self, names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[tuple[str, int, int]]]:
-        """Segments of tensors that are averaged together. A single process sends nothing and joins no tensors."""
-        size = means.CHUNK // len(self.world.workers) or 1
-        if self.world.size > 1:
-            return chunks(names, like, size)
-        if self.world.device.type == "cpu":
-            size = min(size, means.PIECE)
-        return chain.from_iterable(chunks([name], like, size) for name in names)
+    def _mean_here(
+        self,
+        names: Sequence[str],
+        tensors: Mapping[int, Mapping[str, Tensor]],
+        shapes: Mapping[str, Tensor],
+        weights: Sequence[float] | None,
+        statistics: MeanStatistics | None,
+    ) -> dict[str, Tensor]:
+        """The mean over workers of this process."""
+        of_kind: dict[tuple[torch.dtype, torch.device], PieceMeans] = {}
+        means_of: dict[str, Tensor] = {}
+        for group in joined_names(names, shapes):
+            like = shapes[group[0]]
+            kind = like.dtype, like.device
+            if kind not in of_kind:
+                of_kind[kind] = PieceMeans(len(tensors), weights, *kind)
+            rooms = [room_for(shapes[n]) for n in group]
+            mean = rooms[0] if len(group) == 1 else torch.cat(rooms)
+            of_kind[kind].take(joined_rows(list(tensors.values()), group), mean, tuple(group), 0, statistics)
+            of_group = [mean] if len(group) == 1 else torch.split(mean, [len(room) for room in rooms])
+            means_of |= {n: in_shape(m, shapes[n]) for n, m in zip(group, of_group, strict=True)}
+        return {n: means_of[n] for n in names}
 
-    def _slices_of(
-        self, rows: Mapping[int, Tensor], participants: Sequence[int], width: int, like: Tensor
-    ) -> list[Tensor]:
-        """Every participant's values of this process's slice of a chunk, in the workers' order.
+    def _groups(self, names: Sequence[str], shapes: Mapping[str, Tensor], workers: int) -> Iterator[list[str]]:
+        """Tensors whose payloads are sent together, in order: one by one in a single process."""
+        group: list[str] = []
+        free = most = means.CHUNK // workers if self.world.size > 1 else 0
+        for name in names:
+            if group and (shapes[name].numel() > free or shapes[name].device != shapes[group[0]].device):
+                yield group
+                group, free = [], most
+            group.append(name)
+            free -= shapes[name].numel()
+        if group:
+            yield group
 
-        The members of a team hold the same values: each process gathers from the members with its own number.
-        """
-        world = self.world
-        if world.size == 1:
-            return list(rows.values())
-        peers = [r for r in range(world.size) if r % world.team == world.member]
-        # zeros at the end of the last slices, so that all slices have the same width and need no table of lengths
-        padded = like.new_zeros((len(rows), width * world.size), dtype=like.dtype.to_real())
-        for target, row in zip(padded, rows.values(), strict=True):
-            target[: len(row)] = row
-        sent = padded.view(len(rows), world.size, width)[:, peers].transpose(0, 1).reshape(-1)
-        # a process that hosts no participant sends nothing, but takes part: the others wait for it in the collective
-        counts = {r: sum(w in participants for w in world.hosted_by(r)) if r in peers else 0 for r in range(world.size)}
-        received = padded.new_empty(sum(counts.values()) * width)
-        nbytes = width * padded.itemsize
-        to_receive = [counts[r] * nbytes for r in range(world.size)]
-        to_send = [len(rows) * nbytes if r in peers else 0 for r in range(world.size)]
-        with world.label_errors(_MEAN):
-            dist.all_to_all_single(bytes_of(received), bytes_of(sent), to_receive, to_send)
-        return list(received.view(-1, width))
-
-    def _gathered(self, mean: Tensor) -> Tensor:
-        """The processes' slices of a chunk, one after the other."""
-        if self.world.size == 1:
-            return mean
-        chunk = mean.new_empty(len(mean) * self.world.size)
-        with self.world.label_errors(_MEAN):
-            pieces = [bytes_of(part) for part in torch.split(chunk, len(mean))]
-            dist.all_gather(pieces, bytes_of(mean))  # all_gather_into_tensor has changed its name
-        return chunk
+    def _averaged(
+        self,
+        slices: Sequence[Tensor],
+        weights: Sequence[float] | None,
+        parts: Iterable[tuple[str, int, int, int]],
+        statistics: MeanStatistics | None,
+    ) -> Tensor:
+        """The mean of a chunk: of this process's slice from ``slices``, of the others' slices gathered."""
+        like = slices[0]
+        mean = like.new_zeros(len(like), dtype=accumulator(like.dtype))
+        of_pieces = PieceMeans(len(slices), weights, like.dtype, like.device)
+        for name, start, low, high in parts:
+            of_pieces.take([Row(row[low:high]) for row in slices], mean[low:high], name, start, statistics)
+        return gathered_slices(self.world, mean, _MEAN)
 
     def _reduced(
         self,
@@ -217,24 +268,6 @@ class Channel:
             dist.all_reduce(chunk)
         return chunk
 
-    def _observe(
-        self,
-        what: str | None,
-        name: str,
-        start: int,
-        begin: int,
-        end: int,
-        width: int,
-        slices: Sequence[Tensor],
-        chunk: Tensor,
-    ) -> None:
-        """Hands the observer the piece of ``name`` in ``chunk[begin:end]`` that is in this process's slice."""
-        offset = self.world.rank * width
-        low, high = max(begin, offset), min(end, offset + width)
-        if self.observer is not None and low < high:
-            rows = [s[low - offset : high - offset] for s in slices]
-            self.observer.add(what, name, start + low - begin, rows, chunk[low:high])
-
     @torch.no_grad()
     def copies_of(self, worker: int, names: Iterable[str], read: Read, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of ``worker``'s tensors, on every process.
@@ -250,71 +283,7 @@ class Channel:
         self.world.broadcast(copies.values(), self.world.host(worker), f"copies of worker {worker}'s tensors")
         return copies
 
-    def exchange(
-        self, pairs: Iterable[tuple[int, int]], names: Iterable[str], read: Read, what: str = "weights"
-    ) -> dict[int, dict[str, Tensor]]:
-        """Each pair of workers swaps its tensors (gossip).
-
-        Args:
-            pairs: disjoint pairs of different workers, the same on all processes.
-            names: names of the tensors.
-            read: gives worker i's tensors; called for workers hosted here only.
-            what: the ledger's word for the exchange.
-
-        Returns:
-            For every worker of a pair that is hosted here: a copy of its partner's tensors.
-        """
-        pairs, names, world = list(pairs), list(names), self.world
-        paired = [w for pair in pairs for w in pair]
-        if len(set(paired)) != len(paired) or not set(paired) <= set(self.workers):
-            raise ValueError(f"`pairs` (={pairs}) must be disjoint pairs of different workers out of {self.workers}.")
-        received: dict[int, dict[str, Tensor]] = {}
-        # every process walks the pairs in the same order, else two processes could each wait for the other's first send
-        for worker, partner in [pair for a, b in pairs for pair in ((a, b), (b, a))]:
-            if worker not in world.workers:
-                continue
-            if partner in world.workers:
-                received[worker] = {n: read(partner)[n].clone() for n in names}
-                continue
-            received[worker] = {n: torch.empty_like(read(worker)[n]) for n in names}
-            rank = world.host(partner, world.member)
-            for name in names:
-                outgoing, incoming = flat(read(worker)[name]).contiguous(), flat(received[worker][name]).contiguous()
-                operations = [  # both at once: with one after the other, two processes could both wait in their send
-                    dist.P2POp(dist.isend, bytes_of(outgoing), rank),
-                    dist.P2POp(dist.irecv, bytes_of(incoming), rank),
-                ]
-                with world.label_errors(f"the swap between workers {worker} and {partner}"):
-                    for work in dist.batch_isend_irecv(operations):
-                        work.wait()
-                target = real_view(received[worker][name])
-                target.copy_(incoming.view_as(target))
-        if pairs:
-            sent = read(world.workers[0])
-            self.record(what, sum(sent[n].nbytes for n in names))
-        return received
-
     def record(self, what: str, payload_bytes: int) -> None:
-        """Enters an exchange in the ledger; algorithms that move tensors themselves call it."""
+        """Enters in the ledger what each participant has sent, unless it is nothing."""
         if payload_bytes:
-            self.ledger.entries.append(Exchange(self.clock(), what, payload_bytes))
-
-
-class _LatestReader:
-    """Reads pieces of a worker's tensors, of which the latest is kept flattened."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._name = ""
-        self._read: Callable[[int, int], Tensor] | None = None
-
-    def __call__(self, name: str, start: int, stop: int) -> Tensor:
-        if self._read is None or name != self._name:
-            self._name, self._read = name, reader(self._tensors, name)
-        return self._read(start, stop)
-
-
-def _row(read: _LatestReader, segments: Sequence[tuple[str, int, int]]) -> Tensor:
-    """A worker's values of a chunk; a view where the chunk is a piece of a single tensor."""
-    pieces = [read(*segment) for segment in segments]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes))

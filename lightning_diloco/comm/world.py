@@ -1,6 +1,6 @@
 """The processes of a run: which process hosts which workers, and the collectives between processes.
 
-Owns every call of ``torch.distributed`` except the means and exchanges of workers' tensors (``channel.py``). Does not
+Owns every call of ``torch.distributed`` except the means and transfers of workers' tensors (``channel.py``). Does not
 start processes (``_lightning/launching.py``). Imports nothing of Lightning.
 
 With W processes and N workers either W divides N, and each process hosts N/W workers, or N divides W, and each worker

@@ -6,20 +6,20 @@ state, loops). Imports nothing of Lightning.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.context import SyncContext
-from lightning_diloco.comm.channel import Exchange, Ledger
+from lightning_diloco.algorithms.transfer import Transfer
+from lightning_diloco.comm.ledger import Ledger, LedgerEntry
 from lightning_diloco.comm.means import mean_of
 from lightning_diloco.comm.tensors import bitwise_equal, copied
 from lightning_diloco.comm.world import World
-from lightning_diloco.engine.file_format import VERSION, ExchangesState, MemberState, Packed, RunState, WorkerState
+from lightning_diloco.engine.file_format import VERSION, LedgerState, MemberState, Packed, RunState, WorkerState
 from lightning_diloco.state.replicas import Layout, ModelState, put_buffer
 from lightning_diloco.state.worker import OptimizerState, Worker, parameters_of
 
@@ -28,10 +28,10 @@ _copied = partial(copied, plain=True)
 
 def pack(
     context: SyncContext,
-    algorithm: SyncAlgorithm,
     seed: int,
     random: Packed,
     pending: Callable[[ModelState], ModelState],
+    changed: Collection[str],
 ) -> Packed:
     """The state of a run between turns, as copies.
 
@@ -39,38 +39,48 @@ def pack(
 
     Args:
         context: the run's workers, θ and counters.
-        algorithm: the run's algorithm.
         seed: the run's seed.
         random: states of the process's generators.
         pending: gives a state with the outside changes that no worker has adopted yet.
+        changed: the parameters that these changes touch.
     """
     layout, outer = context.replicas.layout, context.outer
     theta = pending(outer.state)
     names = {id(p): n for n, p in outer.parameters.items()}
     groups = outer.optimizer.param_groups
+    workers = _pack_workers(context, theta.tensors, pending, changed)
     return {
         "version": VERSION,
         "num_workers": context.num_workers,
         "interval": context.interval,
         "seed": seed,
         "local_steps": context.local_steps,
+        "origin": context.origin,
         "round_start": context.round_start,
+        "outstanding": context.outstanding,
         "outer_steps": context.outer_steps,
-        "exchanges": _pack_ledger(context.ledger),
+        "ledger": _pack_ledger(context.ledger),
         "outer": {
             "names": [[names[id(p)] for p in group["params"]] for group in groups],
             "parameters": _copied(theta.tensors),
             "buffers": _pack_buffers(layout, theta),
             "optimizer": _copied(outer.optimizer.state_dict()),
         },
-        "algorithm": _copied(algorithm.state_dict()),
+        "transfers": [t.state_dict() for t in context.waiting],
+        "last_sent": dict(context.last_sent),
+        "memos": _copied(context.memory.packed_memos(changed)),
         "random": random,
-        "workers": _pack_workers(context, theta.tensors, pending),
+        "workers": workers,
+        "apart": any(
+            worker["parameters"] is not None
+            and not all(bitwise_equal(worker["parameters"][n].cpu(), theta.tensors[n].cpu()) for n in context.names)
+            for worker in workers.values()
+        ),
     }
 
 
 @torch.no_grad()
-def apply(state: RunState, context: SyncContext, algorithm: SyncAlgorithm) -> None:
+def apply(state: RunState, context: SyncContext) -> None:
     """Continues where :func:`pack` was called; the caller publishes θ.
 
     Workers that the file doesn't have start from θ with fresh inner state, with a warning.
@@ -80,15 +90,21 @@ def apply(state: RunState, context: SyncContext, algorithm: SyncAlgorithm) -> No
     """
     layout, outer = context.replicas.layout, context.outer
     _check_parameters(state["outer"]["parameters"], outer.tensors)
-    context.local_steps, context.round_start = state["local_steps"], state["round_start"]
-    context.outer_steps = state["outer_steps"]
-    context.channel.ledger = _unpack_ledger(state["exchanges"])
+    context.local_steps, context.step = state["local_steps"], state["local_steps"]
+    context.outer_steps, context.last_sent = state["outer_steps"], dict(state["last_sent"])
+    context.origin = state["origin"]
+    if context.interval != state["interval"]:  # rounds of the new length are counted from the last synchronisation
+        synchronised = [at for stream, at in context.last_sent.items() if not stream.startswith("gradients")]
+        context.origin = max(synchronised) if len(synchronised) == 1 else state["round_start"]
+    context.channel.ledger = _unpack_ledger(state["ledger"])
+    device = context.channel.world.device
+    context.waiting = [Transfer.from_state_dict(t, device) for t in state["transfers"]]
+    context.memory.unpack_memos(state["memos"], device)
     outer.assign(state["outer"]["parameters"])
     _unpack_buffers(layout, outer.state, state["outer"]["buffers"])
     for group, names in zip(outer.optimizer.param_groups, state["outer"]["names"], strict=True):
         group["params"] = [outer.parameters[n] for n in names]
     outer.optimizer.load_state_dict(_copied(state["outer"]["optimizer"]))
-    algorithm.load_state_dict(state["algorithm"])
     workers = state["workers"]
     if state["num_workers"] != context.num_workers:
         warnings.warn(
@@ -107,7 +123,7 @@ def apply(state: RunState, context: SyncContext, algorithm: SyncAlgorithm) -> No
         if w in workers:
             _unpack_worker(workers[w], context, w)
         else:
-            context.restart([w], layout.names, outer.tensors)
+            _assign(context, w, outer.tensors)
             _unpack_buffers(layout, context.replicas.states[w], state["outer"]["buffers"])
             context.inner.workers[w].reset_inner_state(context.inner.initial)
 
@@ -116,10 +132,13 @@ def apply(state: RunState, context: SyncContext, algorithm: SyncAlgorithm) -> No
 
 
 def _pack_workers(
-    context: SyncContext, theta: Mapping[str, Tensor], pending: Callable[[ModelState], ModelState]
+    context: SyncContext,
+    theta: Mapping[str, Tensor],
+    pending: Callable[[ModelState], ModelState],
+    changed: Collection[str],
 ) -> dict[int, Packed]:
     world = context.channel.world
-    packed = {w: _pack_worker(context, w, theta, pending(context.replicas.states[w])) for w in world.workers}
+    packed = {w: _pack_worker(context, w, theta, pending(context.replicas.states[w]), changed) for w in world.workers}
     if world.size == 1:
         return packed
     world.gather_all(f"a checkpoint after {context.local_steps} local steps")
@@ -135,7 +154,9 @@ def _pack_workers(
     return workers
 
 
-def _pack_worker(context: SyncContext, w: int, theta: Mapping[str, Tensor], state: ModelState) -> Packed:
+def _pack_worker(
+    context: SyncContext, w: int, theta: Mapping[str, Tensor], state: ModelState, changed: Collection[str]
+) -> Packed:
     layout, replica, worker = context.replicas.layout, state.tensors, context.inner.workers[w]
     names = {id(p): n for n, p in layout.parameters.items()}
     stream = worker.stream
@@ -147,14 +168,21 @@ def _pack_worker(context: SyncContext, w: int, theta: Mapping[str, Tensor], stat
         "scaler": None if worker.scaler is None else _copied(worker.scaler.state_dict()),
         "random": None if stream is None else {"cpu": stream.cpu_state.clone(), "cuda": _copied(stream.cuda_state)},
         "gradients": {names[id(p)]: g.detach().clone() for p, g in worker.gradients.items() if id(p) in names},
-        "slots": {name: _copied(slot) for (i, name), slot in context.replicas.slots.items() if i == w},
+        "memory": _copied(_pack_memory(context, w, state, changed)),
     }
+
+
+def _pack_memory(context: SyncContext, w: int, state: ModelState, changed: Collection[str]) -> Packed:
+    packed = context.memory.packed(w, changed)
+    if packed["anchor"] is not None:
+        packed["anchor"] = {**packed["anchor"], **{n: state.tensors[n] for n in changed}}
+    return packed
 
 
 def _unpack_worker(packed: WorkerState, context: SyncContext, w: int) -> None:
     layout, worker = context.replicas.layout, context.inner.workers[w]
     values = context.outer.tensors if packed["parameters"] is None else packed["parameters"]
-    context.restart([w], layout.names, values)
+    _assign(context, w, values)
     _unpack_buffers(layout, context.replicas.states[w], packed["buffers"])
     _unpack_control(worker, packed["control"])
     for state, optimizer, saved in zip(worker.states, context.inner.live, packed["inner"], strict=True):
@@ -169,9 +197,12 @@ def _unpack_worker(packed: WorkerState, context: SyncContext, w: int) -> None:
     worker.gradients = {
         layout.parameters[n]: g.to(layout.parameters[n].device, copy=True) for n, g in member["gradients"].items()
     }
-    for name, saved in packed["slots"].items():
-        for n, tensor in context.replicas.slot(w, name).items():
-            tensor.copy_(saved[n])
+    context.memory.unpack(w, packed["memory"], context.channel.world.device)
+
+
+def _assign(context: SyncContext, w: int, values: Mapping[str, Tensor]) -> None:
+    for n, tensor in context.replicas.tensors(w).items():
+        tensor.copy_(values[n])
 
 
 def _of_member(packed: WorkerState, world: World) -> MemberState:
@@ -227,7 +258,7 @@ def _unpack_buffers(layout: Layout, state: ModelState, saved: Mapping[str, Mappi
             put_buffer(buffers, k, b if b is None or present is None else b.to(present.device))
 
 
-def _pack_ledger(ledger: Ledger) -> ExchangesState:
+def _pack_ledger(ledger: Ledger) -> LedgerState:
     return {
         "what": [e.what for e in ledger.entries],
         "steps": torch.tensor([e.local_step for e in ledger.entries], dtype=torch.int64),
@@ -235,9 +266,9 @@ def _pack_ledger(ledger: Ledger) -> ExchangesState:
     }
 
 
-def _unpack_ledger(saved: ExchangesState) -> Ledger:
+def _unpack_ledger(saved: LedgerState) -> Ledger:
     rows = zip(saved["steps"].tolist(), saved["what"], saved["bytes"].tolist(), strict=True)
-    return Ledger([Exchange(step, what, sent) for step, what, sent in rows])
+    return Ledger([LedgerEntry(step, what, sent) for step, what, sent in rows])
 
 
 def _check_parameters(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:

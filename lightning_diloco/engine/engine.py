@@ -1,23 +1,6 @@
 """The local steps of all workers, and the synchronisations between rounds.
 
-Owns the turns of the workers, the count of local steps, and the end of training. Imports nothing of Lightning.
-
-A turn of worker i, in order:
-
-==============================================  ==================================================
-outside changes of weights and optimizers       ``state/live_module.py``, ``state/optimizers.py``
-θ_i and the worker's buffers become active      ``state/replicas.py`` (``Layout.activate``)
-what an error inside the turn sets back         ``engine/progress.py`` (``BatchProgress.turn``)
-inner optimizer states, groups, scaler          ``state/worker.py`` (``Worker.activate``)
-gradients that the worker has accumulated       ``state/worker.py`` (``Worker.turn``)
-the worker's random stream                      ``state/randomness.py``
-``training_step``, backward, optimizer step     Lightning, in the Trainer's loop
-random stream, inner states, gradients kept     ``state/worker.py``
-replaced ``.data`` copied into the replica      ``state/replicas.py`` (``Layout.collect``)
-was the step done by a known optimizer?         ``state/guard.py``
-the module's tensors become active again        ``state/live_module.py`` (``deactivate``)
-the optimizers hold the first worker's state    ``state/optimizers.py`` (``activate_first``)
-==============================================  ==================================================
+Owns the count of local steps, and the end of training. Imports nothing of Lightning.
 
 The engine runs without a Trainer::
 
@@ -34,24 +17,28 @@ The engine runs without a Trainer::
     engine.close()                                # gives hooks and gradients back
 """
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_diloco.algorithms.base import SyncAlgorithm, is_plain_run
+from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.algorithms.diloco import is_plain_run
+from lightning_diloco.algorithms.participation import Participation, Table
 from lightning_diloco.algorithms.report import OuterStepReport
+from lightning_diloco.algorithms.sending import Sender
+from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.channel import Channel
+from lightning_diloco.comm.tensors import tensors_in
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import checkpoint
 from lightning_diloco.engine.file_format import RunState
 from lightning_diloco.engine.progress import BatchProgress
+from lightning_diloco.engine.synchronisation import Synchronisation
+from lightning_diloco.engine.turns import Turns
 from lightning_diloco.engine.views import Views
 from lightning_diloco.state.checks import (
     refuse_foreign_tensors,
@@ -59,11 +46,11 @@ from lightning_diloco.state.checks import (
     refuse_unswappable,
     refuse_untrainable,
 )
-from lightning_diloco.state.guard import AttributeGuard, StepGuard
 from lightning_diloco.state.live_module import LiveModule
+from lightning_diloco.state.memory import Memory
 from lightning_diloco.state.optimizers import InnerOptimizers
 from lightning_diloco.state.outer import Outer, OuterFactory
-from lightning_diloco.state.policies import Policies
+from lightning_diloco.state.policies import Policies, PolicyApplication
 from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
 from lightning_diloco.state.replicas import Layout, ModelState, Replicas
 from lightning_diloco.state.worker import ScalerOwner
@@ -77,9 +64,12 @@ class Engine:
         optimizers: the inner optimizers over the module's parameters.
         num_workers: N ≥ 1.
         interval: H ≥ 1.
-        algorithm: decides when workers communicate, and which tensors they exchange.
+        algorithm: decides when workers communicate, what they send, and what each does with what arrives.
         outer_factory: builds the outer optimizer from θ's trainable parameters.
         policies: see :class:`Policies`.
+        codec: packs what workers send; None: the algorithm's own.
+        participation: who takes part in a transfer; None: everybody.
+        diagnostics: whether norms, cosines and drifts are measured.
         seed: where the workers' random streams start; used for N > 1.
         scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
         schedulers: LR schedulers that are stepped inside the workers' turns; those stepped outside need no mention.
@@ -101,6 +91,9 @@ class Engine:
         algorithm: SyncAlgorithm,
         outer_factory: OuterFactory,
         policies: Policies | None = None,
+        codec: Codec | None = None,
+        participation: Participation | None = None,
+        diagnostics: bool = True,
         seed: int = 0,
         scaler_owner: ScalerOwner | None = None,
         schedulers: Sequence[Any] = (),
@@ -114,7 +107,6 @@ class Engine:
         self.algorithm = algorithm
         self.num_workers = num_workers
         self.local_workers = self.world.workers
-        self.current_worker: int | None = None
         refuse_unswappable(module)
         layout = Layout(module, self.policies.share_frozen)
         self._seed = seed
@@ -122,9 +114,10 @@ class Engine:
         self._device = self.world.device = tensors[0].device if tensors else torch.device("cpu")
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.module_state, outer_factory)
-        if not is_plain_run(num_workers, algorithm, self._outer.optimizer):
+        codec = codec or algorithm.codec
+        self._plain_settings = codec, participation
+        if not self._is_plain:
             refuse_untrainable(module)
-        self._live_module = LiveModule(self._replicas, self._outer)
         solo = num_workers == 1
         member = self.world.member
         streams = {w: RandomStream(derive_seed(seed, "worker", w, member), self._device) for w in self.local_workers}
@@ -133,160 +126,107 @@ class Engine:
             refuse_overlaps(layout)
         worker_streams = dict.fromkeys(streams) if solo else streams
         self._inner = InnerOptimizers(optimizers, scaler_owner, worker_streams, schedulers, initial)
+        if isinstance(participation, Table):
+            participation.check(num_workers)
+        memory = Memory(self._replicas, algorithm.anchors == "own")
+        channel = Channel(self.world, lambda: self.context.step, ordered)
         self.context = SyncContext(
             replicas=self._replicas,
             outer=self._outer,
-            channel=Channel(self.world, lambda: self.local_steps, ordered),
+            channel=channel,
             inner=self._inner,
+            memory=memory,
+            sender=Sender(
+                self._replicas, self._outer, memory, channel, self.policies, seed, codec, participation, diagnostics
+            ),
             interval=interval,
             num_workers=num_workers,
-            policies=self.policies,
         )
+        self._live_module = LiveModule(self._replicas, self._outer, [memory, self.context])
+        application = PolicyApplication(self.policies, self._replicas, self._outer, channel, self._inner)
+        self._synchronisation = Synchronisation(self.context, algorithm, self._live_module, application)
         self.views = Views(
             self.context,
             self._live_module,
-            algorithm.publish,
+            application,
+            algorithm.published,
             self.policies.eval_weights,
             seed,
             in_turn=lambda: self.current_worker is not None,
         )
         self.progress = BatchProgress()
-        self._guard, self._attributes = StepGuard(), AttributeGuard()
-        after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
-        self._hooks = [register_optimizer_step_post_hook(partial(_call_if_alive, after_step))]
+        looks_at_gradients = type(algorithm).needs_gradients is not SyncAlgorithm.needs_gradients
+        self.turns = Turns(self.context, self._live_module, self.progress, not solo or looks_at_gradients)
+        self._hooks: list[Any] = []
         self._watch_groups()
-        algorithm.setup(self.context)
+        algorithm.ctx = self.context
+        algorithm.setup()
         self._update_plain_run()
 
     # ---------------------------------------------------------------------------------------- turns and steps
 
-    @contextmanager
-    def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
-        """A worker's turn: its weights, buffers, optimizer states, gradients, scaler and random stream are active.
+    @property
+    def current_worker(self) -> int | None:
+        """Global id of the worker that is active, None between turns."""
+        return self.turns.current_worker
 
-        Outside changes of the module and the optimizers since the last turn are adopted first, by every worker.
-
-        Args:
-            worker: global id, hosted here.
-            keep_gradients: keep ``p.grad`` for the worker's next turn instead of dropping it (gradient accumulation).
-
-        Raises:
-            RuntimeError: parameters were added, removed, replaced or reshaped inside, or trained by an optimizer that
-                is none of ``optimizers``.
-        """
-        if self.current_worker is not None:
-            raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
-        self.current_worker = worker
-        try:
-            with nullcontext() if self.is_plain_run else self._swapped_in(worker, keep_gradients):
-                yield
-        finally:
-            self.current_worker = None
-
-    @contextmanager
-    def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
-        self._live_module.adopt_outside_changes()
-        self._inner.adopt_outside_changes()
-        layout, state, worker_state = self._replicas.layout, self._replicas.states[worker], self._inner.workers[worker]
-        # every worker's steps change the same attributes, so that looking at the first worker's is enough
-        looks = len(self.local_workers) > 1 and worker == self.local_workers[0]
-        layout.activate(state)
-        layout.begin_turn()
-        self._guard.begin_turn(layout, state, self._outer.tensors)
-        if looks:
-            self._attributes.begin_turn(self._inner.live)
-        try:
-            with (
-                self.progress.turn(worker, worker_state, state),
-                worker_state.turn(layout.everything if self.num_workers > 1 else [], keep_gradients),
-            ):
-                yield
-            if layout.replaced():
-                raise RuntimeError(
-                    f"Parameters were added, removed or replaced inside worker {worker}'s step, where the other workers"
-                    " can't follow. Do it between steps, for all workers at once (for example in"
-                    " `Callback.on_train_batch_start`)."
-                )
-            with torch.no_grad():
-                layout.collect(state)
-            where = f"worker {worker}'s turn at local step {self.local_steps + 1}"
-            self._guard.end_turn(layout, state, self._inner.live, where)
-            if looks:
-                self._attributes.end_turn(self._inner.live)
-        finally:
-            layout.end_turn()
-            self._live_module.deactivate()
-            self._inner.activate_first()
-
-    def note_step(self, optimizer: Any) -> None:
-        """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step.
-
-        Raises:
-            RuntimeError: between the turns of N > 1 workers.
-        """
-        if self.current_worker is None and self.num_workers > 1 and not self.finished:
-            raise RuntimeError(
-                f"{type(optimizer).__name__} stepped between the workers' turns, where the module holds θ: no worker"
-                " would have taken the step. Step in `training_step`, or in a hook of the module around a batch"
-                " (`on_train_batch_end`); hooks of callbacks, and hooks around epochs, run once for all workers."
-            )
-        self._guard.stepped(optimizer)
-        self.progress.note_step()
-
-    def _after_optimizer_step(self, optimizer: Any) -> None:
-        """Any optimizer of this process has stepped."""
-        if self._inner.knows(optimizer):
-            self.note_step(optimizer)
-        elif self.current_worker is not None and self.num_workers > 1:
-            self._guard.foreign_step(optimizer, self._replicas.layout, (self.current_worker, self.local_steps))
+    def turn(self, worker: int, keep_gradients: bool = False) -> AbstractContextManager[None]:
+        """See :meth:`Turns.turn`."""
+        return self.turns.turn(worker, keep_gradients)
 
     def before_inner_steps(self) -> None:
         """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
-        with torch.no_grad():
-            self.algorithm.before_inner_step(self.local_steps + 1)
+        self._synchronisation.before_inner_steps()
 
     def end_step(self) -> Sequence[OuterStepReport]:
         """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
-        waiting = {p for worker in self._inner.workers.values() for p in worker.gradients}
-        self._guard.end_batch(self._replicas.layout, waiting)
-        if not self.progress.stepped:
+        self.turns.end_batch()
+        if not self._agreed_step():
             self.progress.forget()
             return []
         self.context.local_steps += 1
         self._live_module.note_steps()
         try:
-            reports = self._publish_after(self._synchronise())
+            self.broadcast_buffers_in_team()
+            if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
+                self._inner.check_averageable(self.policies.inner_state)
+            if self.is_plain_run:
+                self._live_module.follow()
+            self._inner.adopt_outside_changes()
+            reports = self._synchronisation.after_inner_steps()
+            self._after_synchronisation(reports)
         except BaseException:
-            self.progress.in_outer_step = self.context.in_round  # else nothing was written yet
+            self.progress.in_outer_step = self.context.sender.writing  # else nothing was written yet
             self.context.local_steps -= 1
             raise
         self.progress.moved_late = False
         self.progress.forget()
         return reports
 
-    def _synchronise(self) -> Sequence[OuterStepReport]:
-        self.broadcast_buffers_in_team()
-        if self.policies.inner_state != "keep" and (self.local_steps == 1 or self.context.due(self.local_steps)):
-            self._inner.check_averageable(self.policies.inner_state)
-        if self.is_plain_run:
-            self._live_module.follow()
-        self._inner.adopt_outside_changes()
-        reports = self.algorithm.after_inner_step(self.local_steps)
-        if not reports and self.context.due(self.local_steps):  # the algorithm has not synchronised the processes
-            self.world.gather_signals(f"the end of a round after {self.local_steps} local steps")
-        return reports
+    def _agreed_step(self) -> bool:
+        """Whether an optimizer of any worker has stepped in this batch. A process may host no active worker."""
+        stepped = self.progress.stepped
+        if not self.differs_in_active_workers:
+            return stepped
+        return any(self.world.gather_all(f"the end of local step {self.local_steps + 1}", stepped))
 
-    def _publish_after(self, reports: Sequence[OuterStepReport]) -> Sequence[OuterStepReport]:
+    @property
+    def differs_in_active_workers(self) -> bool:
+        """Whether workers may be active on some processes and not on others."""
+        return self.world.size > 1 and type(self.algorithm).active is not SyncAlgorithm.active
+
+    def _after_synchronisation(self, reports: Sequence[OuterStepReport]) -> None:
         if reports:
             self._inner.activate_first()
             self._update_plain_run()
-            self._live_module.publish(self.algorithm.publish())
-        return reports
+
+    @property
+    def _is_plain(self) -> bool:
+        return is_plain_run(self.num_workers, self.algorithm, self._outer.optimizer, *self._plain_settings)
 
     def _update_plain_run(self) -> None:
         """The outer optimizer decides anew after each synchronisation: its learning rate may have a schedule."""
-        plain = is_plain_run(self.num_workers, self.algorithm, self._outer.optimizer)
-        self._live_module.set_plain_run(plain)
+        self._live_module.set_plain_run(self._is_plain)
 
     def broadcast_buffers_in_team(self) -> None:
         """The buffers of a worker's first process become those of its whole team, as under DDP."""
@@ -296,7 +236,7 @@ class Engine:
 
     def end_epoch(self) -> None:
         """After an epoch's last batch."""
-        self._guard.end_epoch(self._replicas.layout)
+        self.turns.end_epoch()
         self._live_module.search()
 
     def adopt_outside_changes(self) -> None:
@@ -317,13 +257,14 @@ class Engine:
         synchronised all the same.
         """
         self.adopt_outside_changes()
-        complete = self.local_steps == self.context.round_start and not self.progress.moved_late
-        if complete or self.context.workers_equal_outer_model():
-            self.context.policy_application.synchronise_buffers()
-            self._live_module.publish(self.algorithm.publish())
-            return []
         self._inner.adopt_outside_changes()
-        return self._publish_after(self.algorithm.flush(self.local_steps))
+        try:
+            reports = self._synchronisation.flush(self.progress.moved_late)
+            self._after_synchronisation(reports)
+        except BaseException:
+            self.progress.in_outer_step = self.context.sender.writing
+            raise
+        return reports
 
     def finish(self) -> None:
         """Training is over: from here on the module holds θ, and outside changes are not adopted."""
@@ -332,8 +273,8 @@ class Engine:
         if was_plain and complete:
             self.adopt_outside_changes()  # the only worker is θ, with what hooks wrote after the last round
         else:
-            self._live_module.publish(self.algorithm.publish())
-        self.views.closed = True
+            self._live_module.publish(self._synchronisation.published())
+        self.views.closed = self.turns.finished = True
 
     def close(self) -> None:
         """However the fit ended: the module is left with its own tensors, the optimizers with worker 0's state."""
@@ -341,7 +282,7 @@ class Engine:
         self._inner.adopt_outside_changes()
         self._inner.activate_first()
         self.views.closed = True
-        self._guard.close()
+        self.turns.close()
         for hook in self._hooks:
             hook.remove()
         for worker in self._inner.workers.values():
@@ -353,6 +294,7 @@ class Engine:
             self._device = device
             self._replicas.to(device)
             self._outer.to(device)
+            self.context.memory.to(device)
             for worker in self._inner.workers.values():
                 worker.to(device)
 
@@ -384,7 +326,7 @@ class Engine:
         if self.num_workers > 1:
             refuse_foreign_tensors(self.module, optimizers)
         self._inner.replace(optimizers, schedulers)
-        self._guard.replaced()
+        self.turns.optimizers_replaced()
         self._watch_groups()
 
     def _watch_groups(self) -> None:
@@ -407,7 +349,10 @@ class Engine:
         if not self.views.open and not self.finished:
             self._inner.adopt_outside_changes()
         random = self.views.outside_random or process_state()
-        state = checkpoint.pack(self.context, self.algorithm, seed, random, self._with_pending)
+        self.progress.in_outer_step = self.progress.in_outer_step or self.context.sender.writing
+        changed = set() if self.views.open or self.finished else self._live_module.written().keys()
+        state = checkpoint.pack(self.context, seed, random, self._with_pending, changed)
+        state["buffers_at"] = self._synchronisation.buffers_at
         state["torn"] = self.progress.state_dict(self.local_steps, self.local_workers)
         return state
 
@@ -421,17 +366,24 @@ class Engine:
         Raises:
             ValueError: the state was saved in the middle of a step that can't be finished.
         """
-        if state["torn"]["workers"] and self.algorithm.needs_gradients:
+        if state["torn"]["workers"] and self.algorithm.needs_gradients(state["local_steps"] + 1):
             raise ValueError(
                 f"The checkpoint was saved when local step {state['local_steps'] + 1} had been interrupted, and"
                 f" {type(self.algorithm).__name__} needs the gradients of all workers to finish that step. Resume from"
                 " the last file before it."
             )
+        if state["num_workers"] != self.num_workers and self.algorithm.needs_gradients(state["local_steps"] + 1):
+            raise ValueError(
+                f"`num_nodes` (={self.num_workers}) differs from the {state['num_workers']} workers of the checkpoint,"
+                f" and {type(self.algorithm).__name__} needs workers whose optimizers are in the same state; new ones"
+                " would start afresh. Resume with the same number."
+            )
         self._live_module.set_plain_run(False)
-        checkpoint.apply(state, self.context, self.algorithm)
+        checkpoint.apply(state, self.context)
+        self._synchronisation.buffers_at = state["buffers_at"]
         self.progress.load_state_dict(state["torn"])
         self._inner.activate_first()
-        self._live_module.publish(self.algorithm.publish())
+        self._live_module.publish(self._synchronisation.published())
         self._update_plain_run()
 
     @contextmanager
@@ -475,6 +427,7 @@ class Engine:
         inner, gradients = self._inner.first.nbytes()
         workers, outer_state = len(self.local_workers), self._outer.state_bytes()
         module = sum(self._replicas.module_state.nbytes())
+        memory = self.context.memory.nbytes() + sum(t.nbytes for x in self.context.waiting for t in tensors_in(x.means))
         return {
             "workers": workers,
             "parameters_per_worker": parameters,
@@ -483,12 +436,12 @@ class Engine:
             "gradients_per_worker": gradients,
             "outer_model": parameters + buffers,
             "outer_state": outer_state,
+            "algorithm_memory": memory,
             "module": module,
-            "total": workers * (parameters + buffers + inner + gradients) + parameters + buffers + outer_state + module,
+            "total": workers * (parameters + buffers + inner + gradients)
+            + parameters
+            + buffers
+            + outer_state
+            + memory
+            + module,
         }
-
-
-def _call_if_alive(method: weakref.WeakMethod[Any], optimizer: Any, *_: Any) -> None:
-    alive = method()
-    if alive is not None:
-        alive(optimizer)

@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lightning_diloco.comm.tensors import bitwise_equal
 
-VERSION = 1
+VERSION = 2
 _DAMAGED = "the file is damaged. Resume from another file."
 GROUPING = "parameters of the outer optimizer"  # the entry of a run's settings that maps each name to its group
 
@@ -41,7 +41,7 @@ class WorkerState(MemberState):
     inner: list[dict[Any, Any]]  # per optimizer: position of the parameter → its state
     control: list[Any]  # per optimizer or scheduler
     scaler: Packed | None
-    slots: dict[str, dict[str, Tensor]]
+    memory: Packed  # anchor, slots and the codecs' memory: see state/memory.py
     team: NotRequired[list[MemberState]]  # the further processes of the worker's team
 
 
@@ -61,8 +61,8 @@ class OptimizerDict(TypedDict):
     param_groups: list[Packed]
 
 
-class ExchangesState(TypedDict):
-    """What the workers have sent, a row per exchange."""
+class LedgerState(TypedDict):
+    """What the workers have sent, a row per transfer."""
 
     what: list[str]
     steps: Tensor
@@ -95,12 +95,18 @@ class RunState(TypedDict):
     interval: int
     seed: int
     local_steps: int
+    origin: int  # the local step from which rounds are counted
     round_start: int
+    outstanding: bool  # whether a flush has something to do
+    apart: bool  # whether a worker's trainable parameters differ from θ
+    buffers_at: int  # local step of the last synchronisation of buffers
     outer_steps: int
     torn: TornState
-    exchanges: ExchangesState
+    ledger: LedgerState
     outer: OuterState
-    algorithm: Packed
+    transfers: list[Packed]  # under way
+    last_sent: dict[str, int]  # stream of transfers → local step
+    memos: dict[str, dict[str, Tensor]]
     random: StreamState  # process 0's own torch generators
     workers: dict[int, WorkerState]
     loader: LoaderState | None  # None: the user's loaders are served as they are
@@ -153,11 +159,15 @@ def check(checkpoint: Mapping[str, Any], num_workers: int, settings: Packed, sou
             " and its θ may be half moved. Resume from the last file before it."
         )
     done = state["local_steps"] - state["round_start"] + bool(state["torn"]["workers"])
-    if num_workers != state["num_workers"] and done:
+    torn = bool(state["torn"]["workers"])
+    if num_workers != state["num_workers"] and (state["outstanding"] or state["apart"] or torn):
+        whole = done and not state["transfers"] and len(state["last_sent"]) < 2  # everything is sent at once
+        place = f"{done} local steps into a round" if whole else "with transfers under way or workers apart"
+        steps = f"of local step {state['round_start']} or {state['round_start'] + state['interval']}"
         raise ValueError(
             f"`num_nodes` (={num_workers}) differs from the {state['num_workers']} workers of {source}, which was saved"
-            f" {done} local steps into a round. The number of workers can change only at a synchronisation: resume"
-            f" from a checkpoint of local step {state['round_start']} or {state['round_start'] + state['interval']}."
+            f" {place}. The number of workers can change only at a synchronisation: resume from a checkpoint"
+            f" {steps if whole else 'that was saved when all workers had just taken θ, as at the end of a fit'}."
         )
     check_settings(state["settings"], settings, source)
 
@@ -178,9 +188,9 @@ def check_settings(saved: Packed, given: Packed, source: str) -> None:
         return
     words = [f"`{key}` is {_shown(then)} in the file and {_shown(now)} now" for key, (then, now) in different.items()]
     raise ValueError(
-        f"{source} was written with another algorithm or outer optimizer: {'; '.join(words)}. Resume with those of the"
+        f"{source} was written with other settings: {'; '.join(words)}. Resume with those of the"
         " file. To change a number of the outer optimizer, set `trainer.strategy.outer_optimizer.param_groups` in a"
-        " callback's `on_train_start`. To go on with another optimizer or algorithm, start a new fit from the file's"
+        " callback's `on_train_start`. To go on with other settings, start a new fit from the file's"
         " weights: `module = MyModule.load_from_checkpoint(path); trainer.fit(module, ...)` without `ckpt_path`."
     )
 
@@ -211,7 +221,7 @@ def _missing(state: Packed) -> Iterator[str]:
     levels: list[tuple[str, Any, Any]] = [
         ("", state, RunState),
         ("torn", state.get("torn"), TornState),
-        ("exchanges", state.get("exchanges"), ExchangesState),
+        ("ledger", state.get("ledger"), LedgerState),
         ("loader", state.get("loader"), LoaderState),
         ("random", state.get("random"), StreamState),
         ("outer", state.get("outer"), OuterState),

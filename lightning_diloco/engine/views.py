@@ -4,17 +4,16 @@ Owns the windows in which the live module holds such a copy, and the fate of cha
 module between turns (``state/live_module.py``). Imports nothing of Lightning.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.comm.tensors import copied
 from lightning_diloco.state.live_module import LiveModule
-from lightning_diloco.state.policies import EvalWeights
+from lightning_diloco.state.policies import EvalWeights, PolicyApplication
 from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
 from lightning_diloco.state.replicas import ModelState, copy_buffers, is_floating, put_buffer
 
@@ -25,7 +24,8 @@ class Views:
     Args:
         context: the workers, θ and the channel.
         live: the live module.
-        publish: gives the outer model that the algorithm publishes.
+        policies: the common values of buffers.
+        published: the model that the algorithm publishes: θ, or the mean of the replicas.
         which: the weights that validation and checkpoints see.
         seed: the run's seed; for N > 1 a validation has a random stream of its own.
         in_turn: whether a worker's turn is under way.
@@ -40,12 +40,13 @@ class Views:
         self,
         context: SyncContext,
         live: LiveModule,
-        publish: Callable[[], Mapping[str, Tensor]],
+        policies: PolicyApplication,
+        published: Literal["outer", "average"],
         which: EvalWeights,
         seed: int,
         in_turn: Callable[[], bool],
     ) -> None:
-        self._context, self._live, self._publish = context, live, publish
+        self._context, self._live, self._policies, self._published = context, live, policies, published
         self._which, self._seed, self._in_turn = which, seed, in_turn
         self.open = 0
         self.closed = False
@@ -119,22 +120,24 @@ class Views:
 
     def _copy_of(self, which: int | EvalWeights) -> ModelState:
         replicas, layout = self._context.replicas, self._context.replicas.layout
+        if which == "outer" and self._published == "average":
+            which = "average"
         if which == "outer":
-            return layout.copy_of(ModelState(dict(self._publish()), self._context.outer.state.buffers))
+            return layout.copy_of(self._context.outer.state)
         if isinstance(which, int):
             return layout.copy_of(replicas.states[which])
         channel, here = self._context.channel, self._context.local_workers[0]
         scratch = layout.copy_of(replicas.states[here])
         if which == "worker" and self._context.channel.world.size == 1:
             return scratch
-        application = self._context.policy_application
+        application = self._policies
         survey = application.survey(f"an evaluation after {self._context.local_steps} local steps")
         if which == "worker":
             values = channel.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
         else:
             differing = [n for n in layout.names if n not in layout.frozen or not application.same(survey, n)]
             floating = [n for n in differing if is_floating(scratch.tensors[n])]
-            values = channel.mean(floating, replicas.tensors, what=None)
+            values = channel.mean(floating, replicas.tensors)
             others = [n for n in differing if n not in values]
             values |= channel.copies_of(0, others, replicas.tensors, scratch.tensors)
         for name, value in values.items():

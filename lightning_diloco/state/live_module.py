@@ -9,6 +9,7 @@ pending: files and evaluations contain it, and a callback that restores the prev
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,20 +21,32 @@ from lightning_diloco.state.replicas import BufferKey, Layout, ModelState, Repli
 Buffers = list[dict[str, Tensor | None]]
 
 
+class Follower(Protocol):
+    """Tensors that belong to parameters and follow outside changes of them."""
+
+    def rebase(self, written: Mapping[str, Tensor]) -> None:
+        """Parameter name → the new value of a parameter that was changed."""
+
+    def relayout(self, old: Layout, layout: Layout) -> None:
+        """Parameters came, went, were renamed, reshaped or (un)frozen."""
+
+
 class LiveModule:
     """The live module between turns.
 
     Args:
         replicas: the workers' replicas, with the module's layout and its state between turns.
         outer: θ.
+        followers: what else belongs to the parameters: anchors, memories, transfers under way.
 
     Attributes:
         is_plain_run: N = 1 with a plain average: the replica is the module's state, so nothing is swapped or adopted.
     """
 
-    def __init__(self, replicas: Replicas, outer: Outer) -> None:
+    def __init__(self, replicas: Replicas, outer: Outer, followers: Sequence[Follower] = ()) -> None:
         self._replicas = replicas
         self._outer = outer
+        self._followers = followers
         self.is_plain_run = False
         self._published: dict[str, Tensor] = {}  # published values other than θ's
         self._evaluated: dict[str | BufferKey, bytes] = {}  # digests of the last validation's weights
@@ -51,11 +64,15 @@ class LiveModule:
         self._remember()
 
     def publish(self, parameters: Mapping[str, Tensor]) -> None:
-        """Copies an outer model, and θ's buffers, into the live module."""
+        """Copies parameters (those of the outer model that have changed), and θ's buffers, into the live module."""
         if self.is_plain_run:
             return
         theta = self._outer.tensors
-        self._published = {n: t.clone() for n, t in parameters.items() if t is not theta.get(n)}
+        for name, tensor in parameters.items():
+            if tensor is theta.get(name):
+                self._published.pop(name, None)
+            else:
+                self._published[name] = tensor.clone()
         self._replicas.module_state.copy_from(parameters, self._outer.state.buffers)
         self._remember()
 
@@ -89,10 +106,14 @@ class LiveModule:
         self.follow()
         if self.is_plain_run:
             return
-        for name, written in self.written().items():
+        changed = self.written()
+        for name, written in changed.items():
             self._published.pop(name, None)
             for tensors in (self._outer.tensors, *map(self._replicas.tensors, self._replicas.workers)):
                 tensors[name].copy_(written)
+        if changed:
+            for follower in self._followers:
+                follower.rebase(changed)
         if self._search or self._buffer_traces() != self._traced_buffers:
             states = [self._outer.state, self._replicas.module_state, *self._replicas.states.values()]
             self._copy_changes(self._outer.state.buffers, self._replicas.module_state.buffers, states)
@@ -204,6 +225,8 @@ class LiveModule:
         old, layout = self.layout, self.layout.renewed()
         self._replicas.relayout(layout)
         self._outer.relayout(old, layout, self._replicas.module_state)
+        for follower in self._followers:
+            follower.relayout(old, layout)
         theta = self._outer.tensors
         self._published = {n: t for n, t in self._published.items() if n in theta and t.shape == theta[n].shape}
         self._traces.clear()

@@ -5,7 +5,7 @@ copies. Does not own a worker's state (``worker.py``) nor the order of turns (``
 Lightning.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -213,7 +213,11 @@ class InnerOptimizers:
 
 @torch.no_grad()
 def average_inner_state(
-    channel: Channel, optimizers: Sequence[Any], states: Mapping[int, Sequence[OptimizerState]], least: int = 2
+    channel: Channel,
+    optimizers: Sequence[Any],
+    states: Mapping[int, Sequence[OptimizerState]],
+    least: int = 2,
+    only: Collection[Any] | None = None,
 ) -> int:
     """Averages, in place, the floating tensors with ``least`` elements or more; returns bytes sent per worker.
 
@@ -223,8 +227,9 @@ def average_inner_state(
         states: for each participant hosted here, the state of each optimizer. An entry that some workers lack (of a
             parameter that never had a gradient there) is averaged over the workers that have the entry.
         least: elements that a tensor must have; 2 leaves step counters alone.
+        only: the parameters whose state is averaged; None: all.
     """
-    entries = {w: _averageable(optimizers, state, least) for w, state in states.items()}
+    entries = {w: _averageable(optimizers, state, least, only) for w, state in states.items()}
     local = {w: {name: (t.shape, t.dtype) for name, t in found.items()} for w, found in entries.items()}
     # A mean is a collective over all processes. Processes whose workers have different entries would wait for each
     # other in different means, so all processes first learn which workers have which entries.
@@ -240,7 +245,7 @@ def average_inner_state(
         names = [n for n, workers in holders.items() if tuple(workers) == group]
         first = {n: shapes[group[0]][n] for n in names}
         like = {n: torch.empty(shape, dtype=dtype, device=device) for n, (shape, dtype) in first.items()}
-        means = channel.mean(names, entries.__getitem__, group, what=None, like=like)
+        means = channel.mean(names, entries.__getitem__, group, like=like)
         for w in [w for w in group if w in entries]:
             for n in names:
                 entries[w][n].copy_(means[n])
@@ -248,12 +253,14 @@ def average_inner_state(
     return sent
 
 
-def _averageable(optimizers: Sequence[Any], states: Sequence[OptimizerState], least: int) -> dict[str, Tensor]:
+def _averageable(
+    optimizers: Sequence[Any], states: Sequence[OptimizerState], least: int, only: Collection[Any] | None
+) -> dict[str, Tensor]:
     """Key → tensor; the key has the positions of optimizer and parameter, and so is the same on all processes."""
     found: dict[str, Tensor] = {}
     for o, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         for position, parameter in enumerate(parameters_of(optimizer)):
-            values = state.get(parameter)
+            values = state.get(parameter) if only is None or parameter in only else None
             for key, value in values.items() if isinstance(values, dict) else ():
                 if isinstance(value, Tensor) and value.numel() >= least and is_floating(value):
                     found[f"{o}/{position}/{key}"] = value

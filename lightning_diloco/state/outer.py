@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_diloco.comm.means import Differences
 from lightning_diloco.state.replicas import Layout, ModelState
 
 OuterFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -69,16 +70,26 @@ class Outer:
     def step(self, names: Iterable[str], delta: Mapping[str, Tensor]) -> None:
         """Steps the outer optimizer with ``θ.grad = Δ``; only ``names`` have a gradient and move.
 
+        A plain average assigns the mean of the weights, where Δ is known as θ minus that mean.
+
         Args:
             names: parameters that take part.
             delta: mean pseudo-gradient Δ = mean_i(θ − θ_i), old minus new, in the shapes of θ.
         """
+        if isinstance(delta, FromMeanOfWeights) and self.is_plain_average:
+            self.assign(delta.take(names))
+            return
         for name in names:
             p = self.parameters[name]
             p.grad = delta[name].to(p.dtype)  # means of half types are float32
         self.optimizer.step()
         for p in self.parameters.values():  # torch's optimizers skip parameters without a gradient in the next step
             p.grad = None
+
+    @property
+    def versions(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name → a value that changes whenever θ's tensor is written to."""
+        return {n: (t._version, self.parameters[n]._version, id(t)) for n, t in self.state.tensors.items()}
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Tensor]) -> None:
@@ -129,6 +140,25 @@ class Outer:
         """Bytes of the outer optimizer's state."""
         values: list[Any] = [v for s in self.optimizer.state.values() for v in s.values()]
         return sum(v.nbytes for v in values if isinstance(v, Tensor))
+
+
+class FromMeanOfWeights(Differences):
+    """The mean Δ as θ − mean of the workers' weights, each tensor computed when read, until θ takes the mean."""
+
+    _taken = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._taken:
+            raise RuntimeError(
+                "θ is the mean of the workers' weights by now, and no longer what this Δ was measured from. Read"
+                " `transfer.mean` before `ctx.outer.step`."
+            )
+        return super().__getitem__(name)
+
+    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The means of the weights; Δ is lost."""
+        self._taken = True
+        return {n: self.subtrahend[n] for n in names}
 
 
 def is_plain_average(optimizer: Optimizer) -> bool:

@@ -53,7 +53,7 @@ class PolicyApplication:
         policies: the choices.
         replicas: the workers' states.
         outer: θ.
-        channel: means and exchanges.
+        channel: means and copies.
         inner: the inner optimizers.
     """
 
@@ -89,7 +89,7 @@ class PolicyApplication:
         return survey
 
     @torch.no_grad()
-    def synchronise_frozen(self, participants: Sequence[int], survey: Survey) -> None:
+    def synchronise_frozen(self, participants: Sequence[int], survey: Survey, dropped: Sequence[int] = ()) -> None:
         """Synchronises frozen parameters by the policy of buffers, floating ones as floating buffers."""
         read, frozen = self._replicas.tensors, self._replicas.layout.frozen
         local = read(self._channel.world.workers[0])
@@ -97,34 +97,36 @@ class PolicyApplication:
         # (x/3 + x/3 + x/3 may differ from x), though nobody has trained them.
         differing = [n for n in frozen if not self.same(survey, n)]
         averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(local[n])]
-        values = self._channel.mean(averaged, read, participants, what=None)
+        values = self._channel.mean(averaged, read, participants)
         others = [n for n in differing if n not in values]
         values |= self._channel.copies_of(participants[0], others, read, like=local)  # worker 0 may be left out
         self._outer.assign({**{n: local[n] for n in frozen}, **values})
         if self._policies.buffers != "local":
             self._channel.record("buffers", sum(local[n].nbytes for n in differing))
-            for w in self._channel.world.workers:
+            for w in [w for w in (*participants, *dropped) if w in self._channel.world.workers]:
                 for n in differing:
                     read(w)[n].copy_(values[n])
 
     @torch.no_grad()
-    def synchronise_buffers(self, participants: Sequence[int] | None = None, survey: Survey | None = None) -> None:
+    def synchronise_buffers(
+        self,
+        participants: Sequence[int] | None = None,
+        survey: Survey | None = None,
+        dropped: Sequence[int] = (),
+    ) -> None:
         """Synchronises buffers by the policy; buffers that are equal on all workers, bit for bit, cost nothing.
 
         Args:
-            participants: workers that contribute values; default all. The others get the result whatever the policy.
+            participants: workers that contribute values; default all.
             survey: the present survey, if known.
+            dropped: workers with weights that are not finite: they get the result whatever the policy.
         """
         participants = self._channel.workers if participants is None else participants
         survey = survey or self.survey(f"the synchronisation of buffers after {self._channel.clock()} local steps")
-        dropped = [w for w in self._channel.workers if w not in participants]
         theta, states = self._outer.state.buffers, self._replicas.states
         common = self.common_buffers(participants, survey, first=self._policies.buffers == "first")
-        targets = [
-            w
-            for w in (self._channel.workers if self._policies.buffers != "local" else dropped)
-            if w in self._channel.world.workers
-        ]
+        takers = [*participants, *dropped] if self._policies.buffers != "local" else dropped
+        targets = [w for w in takers if w in self._channel.world.workers]
         for (position, name), value in common.items():
             for w in targets:
                 put_buffer(states[w].buffers[position], name, value)
@@ -165,7 +167,7 @@ class PolicyApplication:
         def read(worker: int) -> Mapping[str, Tensor]:
             return _named_buffers(layout, self._replicas.states[worker])
 
-        values = self._channel.mean(averaged, read, participants, what=None, like=like)
+        values = self._channel.mean(averaged, read, participants, like=like)
         values |= self._channel.copies_of(participants[0], [n for n in differing if n not in values], read, like)
         return {keys[n]: values[n].to(like[n].dtype) for n in differing}  # means of half types are float32
 
@@ -174,19 +176,24 @@ class PolicyApplication:
         return len({survey[w].get(name) for w in self._channel.workers}) == 1
 
     @torch.no_grad()
-    def synchronise_inner_state(self, participants: Sequence[int], dropped: Sequence[int]) -> None:
+    def synchronise_inner_state(
+        self, participants: Sequence[int], dropped: Sequence[int], names: Sequence[str] | None = None
+    ) -> None:
         """Synchronises inner optimizer states by the policy; dropped workers get fresh states.
 
         Args:
             participants: workers that take part in the mean.
             dropped: workers with weights that are not finite.
+            names: the parameters whose states are meant; None: all.
         """
-        targets = self._channel.workers if self._policies.inner_state == "reset" else dropped
+        parameters = self._replicas.layout.parameters
+        only = None if names is None else {parameters[n] for n in names}
+        targets = [*participants, *dropped] if self._policies.inner_state == "reset" else dropped
         for w in [w for w in targets if w in self._channel.world.workers]:
-            self._inner.workers[w].reset_inner_state(self._inner.initial)
-        if self._policies.inner_state == "average":
+            self._inner.workers[w].reset_inner_state(self._inner.initial, only)
+        if self._policies.inner_state == "average" and participants:
             states = {w: self._inner.workers[w].states for w in self._channel.world.workers if w in participants}
-            self._channel.record("inner_state", average_inner_state(self._channel, self._inner.live, states))
+            self._channel.record("inner_state", average_inner_state(self._channel, self._inner.live, states, only=only))
 
 
 def joined(surveys: Sequence[Survey]) -> Survey:

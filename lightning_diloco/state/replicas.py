@@ -212,14 +212,12 @@ class Replicas:
     Attributes:
         module_state: the tensors that are in the live module while no replica is active.
         states: worker → replica.
-        slots: (worker, name) → tensors of :meth:`slot`.
     """
 
     def __init__(self, layout: Layout, workers: Iterable[int]) -> None:
         self.layout = layout
         self.module_state = layout.read()
         self.states = {w: layout.copy_of(self.module_state) for w in workers}
-        self.slots: dict[tuple[int, str], dict[str, Tensor]] = {}
 
     @property
     def workers(self) -> list[int]:
@@ -233,22 +231,10 @@ class Replicas:
         """Parameter name → tensor of ``worker``; writing to it changes the replica."""
         return self.states[worker].tensors
 
-    def slot(self, worker: int, name: str) -> dict[str, Tensor]:
-        """Named per-worker tensors of an algorithm (parameter name → tensor), zero when first asked for."""
-        key = (worker, name)
-        if key not in self.slots:
-            self.slots[key] = {n: torch.zeros_like(t) for n, t in self.tensors(worker).items()}
-        return self.slots[key]
-
     def relayout(self, layout: Layout) -> None:
         """Changes to ``layout`` after parameters came, went or were (un)frozen; replicas keep remaining values."""
         present = layout.read()
         self.states = {w: layout.copy_of(layout.carried(self.layout, old, present)) for w, old in self.states.items()}
-        for key, slot in self.slots.items():
-            old = ModelState(slot, [{} for _ in self.layout.modules])
-            zeros = {n: torch.zeros_like(t) for n, t in present.tensors.items()}
-            missing = ModelState(zeros, [{} for _ in layout.modules])
-            self.slots[key] = layout.carried(self.layout, old, missing).tensors
         self.layout, self.module_state = layout, present
 
 

@@ -11,7 +11,7 @@ turn belong to the active worker.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -163,9 +163,20 @@ class Worker:
         if self._scaler_owner is not None:
             self._scaler_owner.scaler = self.scaler
 
-    def reset_inner_state(self, initial: Sequence[OptimizerState]) -> None:
-        """Gives the worker a fresh copy of ``initial``, the state right after ``configure_optimizers``."""
-        self.states = [copy_state(state) for state in initial]
+    def reset_inner_state(self, initial: Sequence[OptimizerState], only: Collection[Any] | None = None) -> None:
+        """Gives the worker a fresh copy of ``initial``, the state right after ``configure_optimizers``.
+
+        Args:
+            initial: the state of each optimizer.
+            only: the parameters whose state starts afresh; None: all, and what belongs to no parameter.
+        """
+        if only is None:
+            self.states = [copy_state(state) for state in initial]
+            return
+        for state, fresh in zip(self.states, initial, strict=True):
+            for key in [k for k in state if k in only and k not in fresh]:
+                del state[key]
+            state.update({k: copied(values) for k, values in fresh.items() if k in only})
 
     def to(self, device: torch.device) -> None:
         """Moves the inner state."""
