@@ -186,7 +186,7 @@ def test_wrong_wishes_of_an_algorithm_are_named() -> None:
         refused(r"^`delay` \(=.*\) must be an integer ≥ 0", delay=delay)
     for groups in ([[0, 0]], [[0, 1], [1, 2]], [[3]]):
         refused(r"^`workers` or `groups` \(=.*\) must name different workers out of \[0, 1, 2\]", groups=groups)
-    refused("^Give either `workers` or `groups`, not both", workers=[0], groups=[[1]])
+    refused(r"^`workers` \(=\[0\]\) and `groups` \(=\[\[1\]\]\) can't be combined", workers=[0], groups=[[1]])
     assert ctx.waiting == []
     groups = ctx.send(ctx.names, ctx.weights, groups=[[0, 2], [1]], what="weights")
     assert [groups.mean_of(w)["weight"].item() for w in range(3)] == [2.0, 2.0, 2.0]

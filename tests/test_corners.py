@@ -146,6 +146,20 @@ def test_pseudo_gradients_that_are_applied_one_after_the_other_add_up(lr: float)
     assert max(found) < 1e-12
 
 
+def test_the_same_can_be_sent_twice_in_a_step() -> None:
+    class Twice(Diloco):
+        def after_inner_step(self, step):
+            ctx = self.ctx
+            if step == 3:
+                for _ in range(2):
+                    ctx.send(ctx.names, ctx.delta)
+            assert len(ctx.arrived()) == (2 if step == 3 else 0)
+            assert ctx.waiting == []
+
+    _, _, reports = fit(Twice(), steps=4, final_sync=False)
+    assert [r.step for r in reports] == [3, 3]
+
+
 def test_nobody_is_nobody() -> None:
     class Nobody(Diloco):
         def after_inner_step(self, step):

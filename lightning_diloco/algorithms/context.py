@@ -219,7 +219,9 @@ class SyncContext:
         if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
             raise ValueError(f"`delay` (={delay!r}) must be an integer ≥ 0: local steps from sending to arrival.")
         if workers is not None and groups is not None:
-            raise ValueError("Give either `workers` or `groups`, not both.")
+            raise ValueError(
+                f"`workers` (={workers!r}) and `groups` (={groups!r}) can't be combined. Give one of them."
+            )
         order = Order(
             names=list(names),
             read=read,

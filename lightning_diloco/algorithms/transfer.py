@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_diloco.comm.tensors import copied
 
 
-@dataclass
+@dataclass(eq=False)  # two transfers are never the same, and tensors have no truth value
 class Transfer:
     """Tensors of some workers, averaged within each group of them.
 
