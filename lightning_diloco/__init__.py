@@ -36,6 +36,8 @@ from lightning_diloco.codecs import (
     TopK,
     Uniform,
 )
+from lightning_diloco.comparison import compare
+from lightning_diloco.reporting.hints import DilocoHint
 from lightning_diloco.simulator.facade import DilocoSimulator
 from lightning_diloco.simulator.metrics import EvalStats, TrainStats
 from lightning_diloco.strategy import DilocoStrategy
@@ -48,6 +50,7 @@ __all__ = [
     "DataParallel",
     "Diloco",
     "DilocoCallback",
+    "DilocoHint",
     "DilocoSimulator",
     "DilocoStrategy",
     "DropOut",
@@ -69,6 +72,7 @@ __all__ = [
     "TrainStats",
     "Transfer",
     "Uniform",
+    "compare",
 ]
 
 StrategyRegistry.register(

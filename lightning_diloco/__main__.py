@@ -1,21 +1,26 @@
-"""``python -m lightning_diloco``: a LightningCLI with DilocoStrategy at hand.
+"""``python -m lightning_diloco``: a LightningCLI with DilocoStrategy at hand, and comparisons.
 
-Owns the command line only. Model and data are any LightningModule and LightningDataModule, named by class path::
+Owns the command line only; that of comparisons is in ``comparison/command.py``. Model and data are any LightningModule
+and LightningDataModule, named by class path::
 
     python -m lightning_diloco fit --config examples/configs/digits.yaml --trainer.strategy.diloco_interval 20
     python -m lightning_diloco fit --trainer.strategy.help DilocoStrategy
+    python -m lightning_diloco compare --config examples/configs/compare_digits.yaml
 """
+
+import sys
 
 from lightning.pytorch.cli import LightningCLI
 from lightning_utilities.core.imports import RequirementCache
 
 import lightning_diloco  # noqa: F401 (registers the strategy)
+from lightning_diloco.comparison import Comparison
 
 _REQUIREMENT = RequirementCache("jsonargparse[signatures]>=4.39")
 
 
-def main(args: list[str] | None = None) -> LightningCLI:
-    """Runs the subcommand in ``args``.
+def main(args: list[str] | None = None) -> LightningCLI | Comparison:
+    """Runs the subcommand in ``args``: one of Lightning's, or ``compare``.
 
     Args:
         args: what stands behind the program's name; None: the process's own arguments.
@@ -28,13 +33,20 @@ def main(args: list[str] | None = None) -> LightningCLI:
             'The command line needs jsonargparse. Install it with: pip install "lightning-diloco[cli]"'
             f"\n({_REQUIREMENT})"
         )
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["compare"]:
+        from lightning_diloco.comparison import command  # needs jsonargparse
+
+        return command.main(given[1:])
     return LightningCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
         parser_kwargs={
             "prog": "python -m lightning_diloco",
             "description": "Trains and evaluates any LightningModule on any LightningDataModule, named by class path:"
-            " Lightning's command line, with DilocoStrategy among the strategies.",
+            " Lightning's command line, with DilocoStrategy among the strategies. A further subcommand, `compare`,"
+            " trains several runs with several seeds and makes a table and a figure of them; see `python -m"
+            " lightning_diloco compare --help`.",
             "fit": {
                 "description": "Trains a model, with N simulated DiLoCo workers under `--trainer.strategy"
                 " DilocoStrategy`; `--trainer.strategy.help DilocoStrategy` lists the strategy's arguments."

@@ -3,11 +3,14 @@
 Every error names the value, the rule and the fix. Imports nothing of Lightning.
 """
 
+import hashlib
 import inspect
+import json
 import operator
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from functools import partial
 from numbers import Integral, Real
@@ -18,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_diloco.algorithms import Participation, SyncAlgorithm
 from lightning_diloco.codecs import Codec
-from lightning_diloco.engine.file_format import GROUPING
+from lightning_diloco.engine.file_format import GROUPING, WEIGHTS
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
 Reduction = Literal["auto", "ordered", "all_reduce"]
@@ -57,6 +60,12 @@ def outer_factory(
     else:
         if kwargs is None:
             kwargs = (algorithm.outer_defaults or {"lr": 1.0}) if cls is torch.optim.SGD else {}
+        elif cls is torch.optim.SGD and "lr" not in kwargs:
+            raise ValueError(
+                f"`outer_optimizer_kwargs` (={kwargs!r}) must name `lr` for torch.optim.SGD: a dict replaces the"
+                " defaults wholly, and with torch's own lr of 0.001 θ would hardly move. Add it, as in {'lr': 0.7,"
+                " 'momentum': 0.9, 'nesterov': True}, or pass None for the algorithm's defaults."
+            )
         factory = partial(cls, **kwargs)
     try:
         trial_optimizer(factory)
@@ -69,9 +78,13 @@ def outer_factory(
 
 
 def configured(
-    algorithm: SyncAlgorithm, factory: OuterFactory, codec: Codec | None, participation: Participation | None
+    algorithm: SyncAlgorithm,
+    factory: OuterFactory,
+    codec: Codec | None,
+    participation: Participation | None,
+    weights: str,
 ) -> dict[str, Any]:
-    """What a run must be resumed with, as plain values: algorithm, outer optimizer, codec, participation.
+    """What a run must be resumed with, as plain values: algorithm, outer optimizer, codec, participation, weights.
 
     The outer optimizer's arguments include its defaults, so that naming a default makes no difference.
     """
@@ -84,7 +97,44 @@ def configured(
         "outer_optimizer_kwargs": plain_value({**given, **optimizer.defaults}),
         "codec": plain_value(codec or algorithm.codec),
         "participation": plain_value(participation),
+        WEIGHTS: weights,
     }
+
+
+def logged_settings(settings: Mapping[str, Any], partition: Any) -> dict[str, float | str]:
+    """The strategy's arguments as hyperparameters: flat names and plain values, the same names in every run.
+
+    TensorBoard takes the columns of a table of runs from one of them.
+
+    Args:
+        settings: arguments by name, with what :func:`configured` gives.
+        partition: the strategy's.
+    """
+    kwargs = dict(settings["outer_optimizer_kwargs"])
+    main = {
+        "algorithm": f"{settings['algorithm']}({_listed(settings['arguments of the algorithm'])})",
+        "codec": str(settings["codec"]),
+        "diloco_interval": settings["diloco_interval"],
+        "num_nodes": settings["num_nodes"],
+        "outer_lr": kwargs.get("lr", "None"),
+        "outer_momentum": kwargs.get("momentum", "None"),
+        "outer_optimizer_cls": settings["outer_optimizer_cls"],
+        "outer_optimizer_kwargs": _listed(kwargs),
+        "participation": str(settings["participation"]),
+        "partition": str(plain_value(partition)),
+    }
+    # under a name that comes late in the alphabet: TensorBoard shows the first five columns
+    others = {
+        f"policies/{name}": str(value) if isinstance(value, bool) else value
+        for name, value in settings.items()
+        if name not in main and isinstance(value, (bool, int, float, str))
+    }
+    return {f"diloco/{name}": value for name, value in (main | others).items()}
+
+
+def _listed(arguments: Any) -> str:
+    """Arguments as in a call."""
+    return ", ".join(f"{k}={v!r}" for k, v in arguments.items()) if isinstance(arguments, dict) else str(arguments)
 
 
 def configured_groups(optimizer: Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Any]:
@@ -154,6 +204,10 @@ def _plain_value(value: Any, depth: int) -> Any:
         return plain_value([value.func, value.args, value.keywords], depth)
     text = repr(value)
     plain = _without_addresses(text)
+    hidden = [f.name for f in fields(value) if not f.repr] if is_dataclass(value) else []
+    if hidden:  # large ones, such as a label per sample, count by their hash
+        shown = json.dumps([plain_value(getattr(value, name), depth) for name in hidden])
+        return f"{plain} with {', '.join(hidden)} {hashlib.sha256(shown.encode()).hexdigest()[:16]}"
     if plain == text:
         return text
     if hasattr(value, "__dict__"):
@@ -172,6 +226,25 @@ def class_name(value: Any) -> str:
     if not isinstance(module, str) or module.split(".")[0] in ("torch", "lightning_diloco", "builtins"):
         return str(value.__qualname__)
     return f"{'__main__' if module == '__mp_main__' else module}.{value.__qualname__}"  # the latter: started processes
+
+
+def arguments_that_differ(cls: Callable[..., Any], given: Mapping[str, Any], always: Sequence[str] = ()) -> str:
+    """Arguments as in a call of ``cls``, without those that have their default; ``always`` are shown in any case.
+
+    >>> arguments_that_differ(torch.optim.SGD, {"lr": 0.7, "momentum": 0, "nesterov": True}, always=["momentum"])
+    'lr=0.7, momentum=0, nesterov=True'
+    """
+    defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+    shown = {n: v for n, v in given.items() if n in always or (v is not defaults[n] and v != defaults[n])}
+    return ", ".join(f"{name}={_in_a_call(value)}" for name, value in shown.items())
+
+
+def _in_a_call(value: Any) -> str:
+    """An object in a few words: a name for classes and functions, the size for what is large."""
+    if isinstance(getattr(value, "__qualname__", None), str):
+        return class_name(value)
+    text = _without_addresses(repr(value))
+    return text if len(text) <= 60 else f"<{type(value).__name__}>"
 
 
 def as_integer(value: Any) -> int | None:

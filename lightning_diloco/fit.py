@@ -5,28 +5,37 @@ and the strategy only through Lightning's hooks. Does not own a step (``engine/e
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_diloco.algorithms import OuterStepReport, Participation, SyncAlgorithm
+from lightning_diloco.algorithms.deltas import PseudoGradients
 from lightning_diloco.arguments import configured_groups
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.codecs import Codec
+from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.comm.team import TeamGradients
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.engine.file_format import LoaderState, RunState
+from lightning_diloco.engine.times import Times
+from lightning_diloco.reporting import hints
+from lightning_diloco.reporting.plan import Plan
+from lightning_diloco.reporting.progress import RoundProgress
+from lightning_diloco.reporting.summary import Summary
 from lightning_diloco.state.outer import OuterFactory, needs_closure
-from lightning_diloco.state.policies import Policies
+from lightning_diloco.state.policies import EvalWeights, Policies
 from lightning_diloco.state.randomness import run_seed, set_process_state
 from lightning_diloco.state.worker import OptimizerState, copy_state, flatten_optimizers
 
+Weights = Literal["uniform", "samples"]
 Partition = Callable[[Any, int], Sequence[Sequence[int]]]
 
 
@@ -36,8 +45,9 @@ class RunSettings:
 
     Attributes:
         codec: None: the algorithm's own.
-        configured: algorithm, outer optimizer, codec and participation as plain values, which a resumed run must share
-            with its file.
+        weights: of the workers in means.
+        configured: algorithm, outer optimizer, codec, participation and weights as plain values, which a resumed run
+            must share with its file.
     """
 
     num_workers: int
@@ -50,6 +60,7 @@ class RunSettings:
     codec: Codec | None
     participation: Participation | None
     diagnostics: bool
+    weights: Weights
     configured: dict[str, Any]
 
 
@@ -80,6 +91,21 @@ class ShardPlan:
         return [self.world.shard(w) for w in self.workers]
 
 
+@dataclass(frozen=True)
+class FitResults:
+    """What a fit has counted: process 0 hands it to the process that has started it.
+
+    Attributes:
+        ledger: None: the training loop has not begun.
+    """
+
+    local_steps: int = 0
+    outer_steps: int = 0
+    reports: list[OuterStepReport] = field(default_factory=list)
+    ledger: Ledger | None = None
+    times: Times = field(default_factory=Times)
+
+
 @dataclass
 class Fit:
     """A fit of a Trainer.
@@ -95,6 +121,7 @@ class Fit:
         in_loop: whether the training loop has begun and not ended.
         keeps_gradients: whether the project looks at gradients between a worker's turns.
         plan: how the training loader that is being set up is divided; None outside ``setup_data``.
+        reports: of all outer steps so far.
     """
 
     settings: RunSettings
@@ -105,11 +132,18 @@ class Fit:
     keeps_gradients: bool = False
     plan: ShardPlan | None = None
     started: Engine | None = None
+    _progress: RoundProgress | None = None
+    reports: list[OuterStepReport] = field(default_factory=list)
     _seed: int = 0
     _ordered: bool = True
     _resumed: RunState | None = None  # a checkpoint's state, until the engine has applied it
     _initial_state: Sequence[OptimizerState] | None = None
     _configured: dict[str, Any] = field(default_factory=dict)
+    _summary: Summary | None = None
+    _shards: list[Sequence[int]] = field(default_factory=list)  # per training loader: the sizes of the workers' shards
+    _judged: Plan | None = None  # of the run, if hints about its outer momentum are wanted
+    _cosines: list[float] = field(default_factory=list)  # of Δ with the outer momentum, of the rounds so far
+    _times: Times = field(default_factory=Times)  # when reports were last delivered
 
     def __post_init__(self) -> None:
         self.team = TeamGradients(self.world)
@@ -124,6 +158,15 @@ class Fit:
     def training(self) -> bool:
         """Whether the workers have begun and not finished; the engine of a tuner's trial has finished."""
         return self.started is not None and not self.started.finished
+
+    @property
+    def results(self) -> FitResults:
+        """What has been counted so far."""
+        if self.started is None:
+            return FitResults()
+        engine = self.started
+        ledger, times = engine.context.ledger, engine.stopwatch.times
+        return FitResults(engine.local_steps, engine.outer_steps, self.reports, ledger, times)
 
     @property
     def reporters(self) -> list[DilocoCallback]:
@@ -177,6 +220,7 @@ class Fit:
     def start_engine(self) -> None:
         """The training loop is about to begin: every worker starts from the module's values."""
         self._drop_engine()  # of an earlier trial
+        self._times = Times()
         strategy, settings = self.trainer.strategy, self.settings
         scaler = getattr(strategy.precision_plugin, "scaler", None)
         self.started = Engine(
@@ -197,20 +241,56 @@ class Fit:
             world=self.world,
             ordered=self._ordered,
         )
+        looking = any(c.looks_before_outer_steps for c in self.reporters)
+        self.started.context.sender.before_sending = self._before_outer_step if looking and not self.in_trial else None
+        self.started.use_weights(self._worker_weights)
         groups = configured_groups(self.started.outer_optimizer, self.started.outer_parameters)
         if self._resumed is not None:
             file_format.check_settings(self._resumed["settings"], groups, "The checkpoint")
             self.started.resume(self._resumed)
         self._configured = {**settings.configured, **groups}
+        shown = any(callback.progress_bar for callback in self.reporters)
+        self._progress = RoundProgress(self.trainer, self.started) if shown else None
 
-    def train(self) -> None:
-        """Callbacks' ``on_train_start`` have run, and may have changed weights and optimizers: the first step comes."""
+    def train(self, plan: Callable[[], Plan]) -> None:
+        """Callbacks' ``on_train_start`` have run, and may have changed weights and optimizers: the first step comes.
+
+        Args:
+            plan: tells what is known about the fit; asked if anything is said about it.
+        """
         self.engine.adopt_outside_changes()
         if self._resumed is None:
             self.engine.restart_optimizers()
         elif self.settings.num_workers > 1:
             set_process_state(self._resumed["random"])
         self._resumed = None
+        if not self.in_trial and not self.engine.is_plain_run and self.reporters:
+            self._announce(plan())
+
+    def _announce(self, plan: Plan) -> None:
+        """Hints about the run, and the first lines of its summary."""
+        algorithm = self.settings.algorithm
+        fast: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.gives_hints and self.settings.num_workers > 1 and not fast:
+            has_rounds = type(algorithm).needs_gradients is SyncAlgorithm.needs_gradients
+            for name, text in hints.about_run(plan, has_rounds):
+                hints.give(name, text)
+            self._judged = plan if algorithm.outer_defaults is not None else None
+        if any(reporter.summary for reporter in self.reporters):
+            self._summary = Summary(self.engine, plan, self.settings.outer_factory, rank_zero_info)
+
+    def _judge(self, report: OuterStepReport) -> None:
+        """A hint about the outer momentum, once the reports show that it overshoots."""
+        cosine, momentum = report.momentum_cosine, hints.momentum_of(self.engine.outer_optimizer)
+        if self._judged is not None and momentum and cosine is not None:
+            self._cosines.append(cosine)
+            if hints.overshoots(self._cosines, self._judged.progress(report.step)):
+                hints.give(*hints.about_momentum(momentum, report.step, self._cosines))
+
+    @property
+    def gives_hints(self) -> bool:
+        """Whether no reporter has switched hints off."""
+        return all(reporter.hints for reporter in self.reporters)
 
     # ---------------------------------------------------------------------------------------- training
 
@@ -229,7 +309,22 @@ class Fit:
     def evaluation(self) -> Iterator[None]:
         """The window of a validation run; before training (in the sanity check) the module is left as it is."""
         self.follow_optimizers()
-        with self.engine.views.evaluation() if self.training else nullcontext():
+        if not self.training:
+            yield
+            return
+        with self.engine.stopwatch.part("evaluation"), self.engine.views.evaluation():
+            yield
+
+    @property
+    def validate_on(self) -> list[int | EvalWeights]:
+        """The sets of weights on which the validation data are run, too."""
+        return list(dict.fromkeys(which for callback in self.reporters for which in callback.validate_on))
+
+    @contextmanager
+    def further_evaluation(self, which: int | EvalWeights) -> Iterator[None]:
+        """The window of a validation run on another set of weights."""
+        self.follow_optimizers()
+        with self.engine.stopwatch.part("evaluation"), self.engine.views.further_evaluation(which):
             yield
 
     def deliver(self, reports: Sequence[OuterStepReport], logging_step: int) -> None:
@@ -239,15 +334,59 @@ class Fit:
             reports: of the outer steps since the last call.
             logging_step: the step at which Lightning logs the present batch.
         """
-        for report in [] if self.in_trial else reports:
+        if reports and not self.in_trial:
+            self._deliver(reports, logging_step)
+        if self._summary is not None:
+            self._summary.after_step()
+
+    def _deliver(self, reports: Sequence[OuterStepReport], logging_step: int) -> None:
+        times, before = self.engine.stopwatch.times, self._times
+        self._times = times
+        inner, waiting = times.inner - before.inner, times.waiting - before.waiting
+        reports = [replace(report, inner_seconds=inner, waiting_seconds=waiting) for report in reports]
+        if self.settings.diagnostics:
+            samples, losses = self.engine.seen.take(self.world)
+            reports = [replace(report, samples=samples, train_losses=losses) for report in reports]
+        for report in reports:
+            self.reports.append(report)
             for callback in self.reporters:
                 callback.report(self.trainer, self.trainer.lightning_module, report, logging_step)
+        for report in reports:
+            self._judge(report)
+
+    def show_progress(self) -> None:
+        """A batch is over: progress bars show the round."""
+        if self._progress is not None:
+            self._progress.show()
+
+    def deliver_validation(self, outputs: Sequence[Mapping[str, Any]]) -> None:
+        """Hands the metrics of a validation during training to the callbacks.
+
+        Args:
+            outputs: per loader, what was logged.
+        """
+        callbacks = [c for c in self.reporters if c.axes]
+        if not callbacks or not self.training or self.in_trial or not self.settings.diagnostics:
+            return
+        metrics = {key: float(value) for of_loader in outputs for key, value in of_loader.items()}
+        samples = self.engine.seen.samples(self.world)
+        for callback in callbacks:
+            callback.report_validation(self.trainer, metrics, samples)
+
+    def _before_outer_step(self, deltas: PseudoGradients) -> None:
+        for callback in self.reporters:
+            callback.on_before_outer_step(self.trainer, self.trainer.lightning_module, deltas)
 
     def finish(self) -> Sequence[OuterStepReport]:
         """Training ended normally: the last outer step, and θ in the module."""
         reports = self.engine.flush() if self.settings.final_sync else []
         self.engine.finish()
         return reports
+
+    def conclude(self) -> None:
+        """The reports of the last outer step are delivered."""
+        if self._summary is not None:
+            self._summary.end()
 
     def close(self) -> None:
         """However the fit ended: the module has its tensors back; the engine of a tuner's trial is dropped."""
@@ -284,10 +423,42 @@ class Fit:
             overfit: whether the Trainer's ``overfit_batches`` is in force.
         """
         self.plan = ShardPlan(self.world, self._seed, self.settings.partition, use_distributed_sampler, overfit)
+        before, self._shards = self._shards, []
         try:
             yield
         finally:
             self.plan = None
+            self._shards = self._shards or before  # Lightning sets loaders up again for some epochs only
+        if self.training:
+            self.engine.use_weights(self._worker_weights)
+
+    def note_shards(self, sizes: Sequence[int] | None, loader: object) -> None:
+        """A training loader has been sharded.
+
+        Args:
+            sizes: number of samples in each worker's shard, up to a common factor; None: unknown.
+            loader: the user's.
+
+        Raises:
+            ValueError: ``weights`` is "samples", and sizes are unknown.
+        """
+        if self.settings.weights == "uniform":
+            return
+        if sizes is None:
+            raise ValueError(
+                f"`weights` (='samples') needs the number of samples in each worker's shard, but the training loader (a"
+                f" {type(loader).__name__}) is read batch by batch: it is a stream, has a batch sampler of its own, or"
+                " the Trainer has `use_distributed_sampler=False`. Pass a DataLoader with a `batch_size` over a dataset"
+                " with `__len__` and `__getitem__`, with `DilocoStrategy(partition=...)` for shards of your choice; or"
+                " use `weights='uniform'`."
+            )
+        self._shards.append(sizes)
+
+    @property
+    def _worker_weights(self) -> dict[int, float] | None:
+        """Samples of each worker in all training loaders; None if they are equal: a plain mean is summed otherwise."""
+        samples = [float(sum(sizes)) for sizes in zip(*self._shards, strict=True)]
+        return dict(enumerate(samples)) if len(set(samples)) > 1 else None
 
     @property
     def shards_data(self) -> bool:

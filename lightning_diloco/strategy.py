@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco._lightning.fitting import FitStrategy
-from lightning_diloco.algorithms import Diloco, Participation, SyncAlgorithm
+from lightning_diloco.algorithms import Diloco, OuterStepReport, Participation, SyncAlgorithm
 from lightning_diloco.arguments import (
     Reduction,
     StartMethod,
+    arguments_that_differ,
     as_integer,
     check_bool,
     check_choice,
@@ -37,7 +38,8 @@ from lightning_diloco.arguments import (
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.engine.engine import Engine
-from lightning_diloco.fit import RunSettings
+from lightning_diloco.engine.times import Times
+from lightning_diloco.fit import RunSettings, Weights
 from lightning_diloco.state.policies import BufferPolicy, EvalWeights, InnerStatePolicy, NonfinitePolicy, Policies
 
 
@@ -93,6 +95,10 @@ class DilocoStrategy(FitStrategy):
             left out keep their weights and go on.
         diagnostics: measure norms, cosines and drifts of what is sent; without, reports lack them, and an outer step
             is somewhat faster.
+        weights: of the workers in means: "uniform", or "samples" (by the number of samples in a worker's shard, which
+            ``partition`` decides: the paper's rule for non-iid data; without ``partition`` shards are equal). They hold
+            for every mean over workers that doesn't name weights of its own: of what is sent, of buffers and inner
+            state, and for ``eval_weights="average"``; whoever is left out, the rest count in proportion.
         reduction: order of summation over several processes: "ordered" (that of the workers: results are bit-identical
             for every layout of workers over processes), "all_reduce" (that of the back end, which may send less), or
             "auto" (ordered on one machine, all_reduce across machines).
@@ -131,6 +137,7 @@ class DilocoStrategy(FitStrategy):
         codec: Codec | None = None,
         participation: Participation | None = None,
         diagnostics: bool = True,
+        weights: Weights = "uniform",
         *,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -150,6 +157,7 @@ class DilocoStrategy(FitStrategy):
         check_choice("inner_state", inner_state, InnerStatePolicy)
         check_choice("nonfinite", nonfinite, NonfinitePolicy)
         check_choice("reduction", reduction, Reduction)
+        check_choice("weights", weights, Weights)
         final_sync = check_bool("final_sync", final_sync)
         share_frozen = check_bool("share_frozen", share_frozen)
         if partition is not None and not callable(partition):
@@ -177,7 +185,8 @@ class DilocoStrategy(FitStrategy):
                 codec,
                 participation,
                 diagnostics,
-                configured(algorithm, factory, codec, participation),
+                weights,
+                configured(algorithm, factory, codec, participation, weights),
             ),
             reduction,
             accelerator=accelerator,
@@ -212,12 +221,17 @@ class DilocoStrategy(FitStrategy):
     @property
     def local_steps(self) -> int:
         """Completed local steps; 0 before a fit, kept after it."""
-        return 0 if self._started is None else self._started.local_steps
+        return self._counted.local_steps
 
     @property
     def outer_steps(self) -> int:
         """Transfers that have arrived: of ``Diloco``, outer steps; 0 before a fit, kept after it."""
-        return 0 if self._started is None else self._started.outer_steps
+        return self._counted.outer_steps
+
+    @property
+    def reports(self) -> list[OuterStepReport]:
+        """The reports of all arrivals in the present or last fit; none before a fit. A new list."""
+        return list(self._counted.reports)
 
     @property
     def outer_optimizer(self) -> Optimizer:
@@ -227,7 +241,16 @@ class DilocoStrategy(FitStrategy):
     @property
     def ledger(self) -> Ledger:
         """The bytes that the workers have sent."""
-        return self._engine.context.ledger
+        ledger = self._counted.ledger
+        return self._engine.context.ledger if ledger is None else ledger
+
+    @property
+    def times(self) -> Times:
+        """Where the wall-clock time of this process went in the present or last fit; zeros before it.
+
+        After a fit in processes that this one has started (spawn, fork): the times of process 0.
+        """
+        return self._counted.times
 
     def worker_state_dict(self, worker: int) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with worker ``worker``'s values, detached copies; strict-loadable.
@@ -286,12 +309,22 @@ class DilocoStrategy(FitStrategy):
         if self._only_starts_others:
             raise RuntimeError(
                 f"The workers live in the processes that this one started (`start_method` is {self._start_method!r};"
-                " in notebooks that is 'fork'), and ended with them. Ask in a callback or hook of the fit."
+                " in notebooks that is 'fork'), and ended with them. Ask in a callback or hook of the fit. Here are"
+                " `local_steps`, `outer_steps`, `reports` and `ledger`."
             )
         raise RuntimeError(
             "The workers exist from `on_train_start` on, until the next fit. Call `trainer.fit` first, or ask"
             " from a hook of the fit."
         )
+
+    @override
+    def __repr__(self) -> str:
+        """The arguments that differ from their defaults, and how far the present or last fit has come."""
+        given = arguments_that_differ(DilocoStrategy, self._arguments, always=("num_nodes", "diloco_interval"))
+        if self._started is None:
+            return f"<{type(self).__name__}({given}), before its first fit>"
+        steps, outer = self.local_steps, self.outer_steps
+        return f"<{type(self).__name__}({given}) after {steps:,} local steps, {outer:,} outer steps, {self.ledger!r}>"
 
     # ---------------------------------------------------------------------------------------- copies
 

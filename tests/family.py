@@ -121,6 +121,7 @@ def train(
     resume: Path | None = None,
     end: Path | None = None,
     options: dict[str, Any] | None = None,
+    shuffle: bool | None = None,
     **strategy: Any,
 ) -> Run:
     """A fit on ``devices`` processes, of which this is one; ``options`` are the Trainer's, ``end`` a file to write."""
@@ -130,7 +131,8 @@ def train(
     settings = {"max_epochs": EPOCHS, "max_steps": steps, "precision": "64-true", **(options or {})}
     t = trainer(diloco, devices=devices, callbacks=[record, *callbacks], default_root_dir=folder, **settings)
     dataset = regression_data(SAMPLES, dtype=torch.float64) if data is None else data
-    t.fit(module, loader(dataset, BATCH_SIZE, shuffle=num_workers > 1), ckpt_path=resume)
+    shuffle = num_workers > 1 if shuffle is None else shuffle
+    t.fit(module, loader(dataset, BATCH_SIZE, shuffle=shuffle), ckpt_path=resume)
     if end is not None:
         t.save_checkpoint(end)
     return Run(

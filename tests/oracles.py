@@ -68,6 +68,7 @@ class Oracle:
         codec: C, a tensor to the tensor that the receiver sees; None: sent as it is.
         decay: β; None: no error feedback.
         participants: ``(step, fragment) → workers``; None as an answer: all.
+        weights: of each worker in every mean, divided by the sum over those that take part; None: equal ones.
 
     Attributes:
         history: ``history[t - 1]`` is (θ, [θ_0, …]) as state dicts after step t, before a flush.
@@ -93,7 +94,9 @@ class Oracle:
         codec: Compress | None = None,
         decay: float | None = None,
         participants: Callable[[int, int], Sequence[int] | None] = everybody,
+        weights: Sequence[float] | None = None,
     ) -> None:
+        self.share = weights or [1.0] * num_workers
         self.theta = copy.deepcopy(model)
         self.workers = [copy.deepcopy(model) for _ in range(num_workers)]
         self.inner = [inner(w.parameters()) for w in self.workers]
@@ -152,8 +155,8 @@ class Oracle:
                 c = a if self.codec is None else self.codec(a)
                 if self.decay is not None:
                     self.errors[i][name] = a - c
-                received.append(c)
-            mean[name] = torch.stack(received).sum(0) / len(who)
+                received.append(self.share[i] * c)
+            mean[name] = torch.stack(received).sum(0) / sum(self.share[i] for i in who)
         transfer = Sent(self.step, self.step + delay, kind, p, who, mean)
         self.sent.append(transfer)
         self.in_flight.append(transfer)
@@ -197,6 +200,7 @@ class DataParallel:
         inner: makes the optimizer from parameters.
         codec: C, applied to every worker's gradient; None: sent as it is.
         clip: the largest norm of the mean gradient, with torch's 1e-6 in the division; None: any.
+        weights: of each worker's gradient; None: equal ones.
     """
 
     def __init__(
@@ -207,6 +211,7 @@ class DataParallel:
         inner: MakeOptimizer,
         codec: Compress | None = None,
         clip: float | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.theta = copy.deepcopy(model)
         self.workers = [self.theta for _ in batches]
@@ -216,7 +221,9 @@ class DataParallel:
         for step_batches in zip(*batches, strict=True):
             rows = [torch.autograd.grad(loss(self.theta, batch), parameters) for batch in step_batches]
             for p, *gradients in zip(parameters, *rows, strict=True):
-                p.grad = torch.stack([g if codec is None else codec(g) for g in gradients]).sum(0) / len(gradients)
+                share = weights or [1.0] * len(gradients)
+                sent = [g if codec is None else codec(g) for g in gradients]
+                p.grad = torch.stack([w * g for w, g in zip(share, sent, strict=True)]).sum(0) / sum(share)
             if clip is not None:
                 norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
                 for p in parameters:

@@ -3,6 +3,7 @@
 import inspect
 import re
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -72,6 +73,10 @@ def halves(dataset: Any, num_workers: int) -> list[list[int]]:
     return [list(range(w, len(dataset) // 2, num_workers)) for w in range(num_workers)]
 
 
+def uneven(dataset: Any, num_workers: int) -> list[range]:
+    return [range(40 * w, 40 * w + 20 + 10 * w) for w in range(num_workers)]
+
+
 LIVE: dict[str, list[dict[str, Any]]] = {  # settings of one argument, all of which must differ in effect
     "num_nodes": [{"num_nodes": 2}, {}, {"num_nodes": 4}],
     "diloco_interval": [{"diloco_interval": 1}, {"diloco_interval": 3}, {}],
@@ -83,6 +88,7 @@ LIVE: dict[str, list[dict[str, Any]]] = {  # settings of one argument, all of wh
     "inner_state": [{}, {"inner_state": "reset"}, {"inner_state": "average"}],
     "final_sync": [{}, {"final_sync": False}],
     "partition": [{}, {"partition": halves}],
+    "weights": [{"partition": uneven}, {"partition": uneven, "weights": "samples"}],
     "nonfinite": [{"spoil": True}, {"spoil": True, "nonfinite": "skip"}, {"spoil": True, "nonfinite": "propagate"}],
     "share_frozen": [{}, {"share_frozen": True}],
     "codec": [{}, {"codec": FP4()}, {"codec": ErrorFeedback(FP4())}],
@@ -173,6 +179,11 @@ COUNT = "`{0}` (={1!r}) must be an integer ≥ 1: the number of {2}."
 WORKERS, STEPS = "simulated workers", "local steps between outer steps"
 CLASS = " must be a torch.optim.Optimizer class, or a callable that makes one from a list of parameters."
 
+NO_LR = (
+    "`outer_optimizer_kwargs` (={}) must name `lr` for torch.optim.SGD: a dict replaces the defaults wholly, and with"
+    " torch's own lr of 0.001 θ would hardly move. Add it, as in {{'lr': 0.7, 'momentum': 0.9, 'nesterov': True}}, or"
+    " pass None for the algorithm's defaults."
+)
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_nodes": 0}, COUNT.format("num_nodes", 0, WORKERS)),
     ({"num_nodes": True}, COUNT.format("num_nodes", True, WORKERS)),
@@ -209,6 +220,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "`outer_optimizer_kwargs` (={'lr': 2}) can't be combined with a callable `outer_optimizer_cls` (=<lambda>),"
         " which has its arguments already. Pass None, or the optimizer's class.",
     ),
+    ({"outer_optimizer_kwargs": {"momentum": 0.5}}, NO_LR.format({"momentum": 0.5})),
+    ({"outer_optimizer_kwargs": {}}, NO_LR.format({})),
     (
         {"outer_optimizer_kwargs": {"lr": -1.0}},
         "The outer optimizer can't be built: `outer_optimizer_cls` (=SGD) with `outer_optimizer_kwargs` (={'lr': -1.0})"
@@ -242,6 +255,18 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         DilocoStrategy(**arguments)
     assert str(caught.value) == message
+
+
+def test_only_torchs_own_sgd_must_be_given_an_lr() -> None:
+    """Another class has defaults of its own, and a callable has its arguments already."""
+
+    class Fast(torch.optim.SGD):
+        def __init__(self, parameters: Any, lr: float = 0.5, **kwargs: Any) -> None:
+            super().__init__(parameters, lr, **kwargs)
+
+    for given in ({"outer_optimizer_cls": Fast}, {"outer_optimizer_cls": torch.optim.Adam}):
+        DilocoStrategy(**given, outer_optimizer_kwargs={"weight_decay": 0.1})
+    DilocoStrategy(outer_optimizer_cls=partial(torch.optim.SGD, momentum=0.5))
 
 
 def test_an_unknown_argument_is_refused_with_its_name() -> None:

@@ -40,7 +40,8 @@ def scalars(run: Path) -> EventAccumulator:
 def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
     pytest.importorskip("sklearn")
     digits = load("digits")
-    rows = digits.main(["--workers", "3", "--interval", "24", "--steps", "60", "--logdir", str(tmp_path)])
+    size = ["--workers", "3", "--interval", "24", "--steps", "60", "--seeds", "2", "--logdir", str(tmp_path)]
+    rows = digits.main(size)
 
     table = capsys.readouterr().out.splitlines()
     assert [row.run for row in rows] == ["one worker", "diloco", "data parallel"]
@@ -50,14 +51,16 @@ def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
     model = digits.DigitsCNN(lr=0.1)
     images, labels = next(iter(digits.DigitsData(8).val_dataloader()))
     at_start = torch.nn.functional.cross_entropy(model.net(images), labels).item()
-    for row in rows:
-        assert 0.3 < row.accuracy <= 1
-        assert 0 < row.loss < at_start
-        assert row.seconds > 0
+    for row, line in zip(rows, table[1:], strict=True):
+        assert all(0.3 < accuracy <= 1 for accuracy in row.accuracy)
+        assert all(0 < loss < at_start for loss in row.loss)
+        (a, b), sd = row.loss, abs(row.loss[0] - row.loss[1]) / math.sqrt(2)
+        assert a != b
+        assert f" {(a + b) / 2:.4f} ± {sd:.4f} " in line
     # 60 steps in rounds of 24: two rounds and the flush; a gradient has as many bytes as the parameters
     assert [row.bytes_sent for row in rows] == [0, 3 * parameter_bytes(model), 60 * parameter_bytes(model)]
     for row in rows:
-        tags = scalars(tmp_path / row.run).Tags()["scalars"]
+        tags = scalars(tmp_path / row.run / "seed 1").Tags()["scalars"]
         assert {"train_loss", "val_loss", "val_acc"} <= set(tags)
         assert ("diloco/outer_step" in tags) == (row.run == "diloco")
 
@@ -70,7 +73,7 @@ def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
         "--layers 1 --width 32 --heads 2 --context 16 --megabytes 0.05 --workers 2 --interval 10 --steps 25 --lr 3e-3"
     )
     argv = [*size.split(), "--logdir", str(tmp_path), *(["--plain"] if plain else [])]
-    result = byte_gpt.main(argv)
+    (result,) = byte_gpt.main(argv)
     model, data = byte_gpt.build(byte_gpt.parse(argv))
     val = data.val_dataloader()
 
@@ -84,11 +87,36 @@ def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
     assert 0 < result["val_loss"] < at_start - 0.5
     assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))
 
-    events = scalars(tmp_path / ("plain" if plain else "diloco"))
+    events = scalars(tmp_path / ("plain" if plain else "diloco") / "seed 0")
     assert ("diloco/outer_step" in events.Tags()["scalars"]) != plain
     if not plain:
         assert [e.value for e in events.Scalars("diloco/outer_step")] == [1, 2, 3]
         assert events.Scalars("diloco/comm_bytes")[-1].value == result["bytes_sent_per_worker"]
+
+
+TINY = {
+    "digits": "--workers 2 --interval 3 --steps 6 --seeds 2",
+    "byte_gpt": "--layers 1 --width 16 --context 8 --megabytes 0.02 --workers 2 --interval 3 --steps 6 --seeds 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_the_outer_optimizer_is_an_option(name, tmp_path, capsys):
+    """With lr 0 no outer step moves θ, however many there are; the defaults, given, are the defaults."""
+    pytest.importorskip("sklearn")
+    example = load(name)
+
+    def losses(*options: str) -> list[float]:
+        found = example.main([*TINY[name].split(), "--logdir", str(tmp_path), *options])
+        return found[1].loss if name == "digits" else [result["val_loss"] for result in found]
+
+    default = losses()
+    assert default == losses("--outer-lr", "0.7", "--outer-momentum", "0.9")
+    still, plain = losses("--outer-lr", "0"), losses("--outer-lr", "1", "--outer-momentum", "0")
+    assert len({tuple(found) for found in (default, still, plain)}) == 3
+    assert losses("--seed", "1", "--seeds", "1", "--steps", "3", "--outer-lr", "0") == still[1:]
+    assert "±" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["digits", "byte_gpt"])

@@ -119,6 +119,7 @@ def streaming(
     inner: str = "sgd",
     codec: Any = None,
     num_workers: int = WORKERS,
+    steps: int = STEPS,
 ) -> Case:
     fragments, given, names = PATTERNS[pattern]
     arguments, make_outer = outer
@@ -131,9 +132,9 @@ def streaming(
     def oracle() -> Oracle:
         form: dict[str, Any] = {"fragments": names, "delay": delay, "alpha": alpha, "first_sync": first_sync}
         twin = Oracle(start(), num_workers, Layers.loss, INNER[inner], make_outer, INTERVAL, **form, **theirs)
-        return twin.train(batches_of(num_workers)).flush()
+        return twin.train(batches_of(num_workers, steps)).flush()
 
-    return Case(strategy, oracle, inner, {"num_workers": num_workers})
+    return Case(strategy, oracle, inner, {"num_workers": num_workers, "steps": steps})
 
 
 def data_parallel(inner: str, codec: Any = None, clip: float | None = None) -> Case:
@@ -215,6 +216,14 @@ def test_every_algorithm_agrees_with_its_oracle(name: str, tmp_path: Path) -> No
 def test_streaming_agrees_with_its_oracle(form: tuple[str, int, float, str], tmp_path: Path) -> None:
     pattern, delay, alpha, first_sync = form
     case = streaming(pattern, delay, alpha, first_sync, inner=("sgd", "adamw")[delay % 2])
+    assert_agrees(train(tmp_path, **case.settings), case.oracle())
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("steps", slow_but([INTERVAL], [1, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * INTERVAL]))
+def test_a_fit_of_any_length_sends_every_fragment_in_the_end(steps: int, delay: int, tmp_path: Path) -> None:
+    """After H steps the first fragment has just been sent, and the others never: the flush sends them."""
+    case = streaming("strided 4", delay, 0.0, steps=steps)
     assert_agrees(train(tmp_path, **case.settings), case.oracle())
 
 

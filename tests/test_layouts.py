@@ -175,7 +175,14 @@ def test_all_reduce_agrees_after_one_round(tmp_path: Path) -> None:
         assert drifts[0] == [pytest.approx(d, rel=1e-6) for d in drifts[1]]
         norms = [[r.pseudo_gradient_norm for r in result["reports"]] for result in (one, other)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-6)
-        assert [r.cosine for r in other["reports"]] == [None]  # nobody sees another's Δ
+        (weighted,), (plain,) = other["reports"], one["reports"]  # nobody sees two workers' Δ at the same time
+        assert (weighted.cosine_weighted, weighted.cosine_matrix) == (True, None)
+        assert weighted.norms == pytest.approx(plain.norms, rel=1e-5)
+        assert weighted.cosines_with_mean == pytest.approx(plain.cosines_with_mean, abs=1e-5)
+        pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+        shares = [plain.norms[i] * plain.norms[j] for i, j in pairs]
+        mean = sum(s * plain.cosine_matrix[i][j] for s, (i, j) in zip(shares, pairs, strict=True)) / sum(shares)
+        assert weighted.cosine == pytest.approx(mean, abs=1e-5)
 
 
 def test_all_reduce_in_teams_is_the_mean_of_the_workers(tmp_path: Path) -> None:

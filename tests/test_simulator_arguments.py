@@ -1,6 +1,7 @@
 """Does every argument of the simulator do something?"""
 
 import inspect
+import logging
 import math
 import os
 import warnings
@@ -381,6 +382,15 @@ def test_precision_holds_for_the_evaluation(precision: str) -> None:
     dtype = torch.float64 if precision == "64-true" else torch.bfloat16
     assert seen == {(True, dtype), (False, dtype)}
     assert all(0.5 < s.loss < 2 for s in log)
+
+
+def test_quiet(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+    trained()
+    assert any(message.startswith("DiLoCo: done after") for message in caplog.messages)
+    caplog.clear()
+    trained(quiet=True)
+    assert caplog.messages == []
 
 
 def test_no_argument_is_missing_here() -> None:

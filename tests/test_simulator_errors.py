@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from simulators import Classifier, Log, classes, simulator, trained
+from simulators import Log, classes, simulator, trained
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset
@@ -95,7 +95,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         COUNT.format("ckpt_interval", 0, "outer steps between checkpoints"),
     ),
     ({"cosine_anneal": 1}, "`cosine_anneal` (=1) must be True or False."),
-    ({"model_cls": Classifier.forward}, f"`model_cls` (={Classifier.forward!r}) must be a class derived from "),
+    ({"model_cls": "resnet"}, "`model_cls` (='resnet') must be a class derived from "),
     (
         {"optimizer_cls": "adam"},
         "`optimizer_cls` (='adam') must be a class derived from torch.optim.optimizer.Optimizer.",
@@ -187,6 +187,7 @@ def test_defaults() -> None:
         "num_epochs": 1,
         "cosine_anneal": False,
         "eval_iters": 50,
+        "quiet": False,
     }
     outer = trained(max_local_step=1).strategy.outer_optimizer.defaults
     assert [outer[k] for k in ("lr", "momentum", "nesterov")] == [0.7, 0.9, True]

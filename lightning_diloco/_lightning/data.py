@@ -32,6 +32,7 @@ from lightning_diloco._lightning.grouping import WorkerBatches, too_few
 from lightning_diloco._lightning.loaders import FirstWorkersLoader, ShardedLoader
 from lightning_diloco._lightning.samplers import NO_PARTITION, worker_sampler
 from lightning_diloco.fit import ShardPlan
+from lightning_diloco.reporting.plan import Repeated
 
 
 def split_batch(batch: Any, workers: Sequence[int]) -> dict[int, Any]:
@@ -67,6 +68,11 @@ def shard(loader: Any, plan: ShardPlan) -> ShardedLoader:
     return sharded
 
 
+def shard_sizes(sharded: ShardedLoader) -> list[int] | None:
+    """Number of samples in each worker's shard, up to a common factor; None if only reading tells."""
+    return None if sharded._sampler is None else sharded._sampler.sizes(sharded._plan.world.num_workers)
+
+
 def original(loader: Any) -> Any:
     """The user's loader behind a sharded loader, or the loader itself."""
     return loader._loader if type(loader) in (ShardedLoader, FirstWorkersLoader) else loader
@@ -75,6 +81,13 @@ def original(loader: Any) -> Any:
 def is_sharded(combined: CombinedLoader) -> bool:
     """Whether training reads sharded loaders; N = 1 reads the user's."""
     return any(type(loader) is ShardedLoader for loader in combined.flattened)
+
+
+def repeated(combined: CombinedLoader) -> Repeated | None:
+    """The worker whose shard is read most often per epoch, if that is twice or more."""
+    samplers = [loader._sampler for loader in combined.flattened if type(loader) is ShardedLoader]
+    found = [s.repeated for s in samplers if s is not None and s.repeated is not None]
+    return max(found, key=lambda r: r.longest / r.samples, default=None)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

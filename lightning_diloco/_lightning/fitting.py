@@ -7,23 +7,28 @@ Owns the translation between Lightning's hooks and :class:`~lightning_diloco.fit
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_diloco._lightning import installation, trainer_state
-from lightning_diloco._lightning.data import shard
+from lightning_diloco._lightning.data import shard, shard_sizes
+from lightning_diloco._lightning.hyperparameters import flattened, of_module_and_data
 from lightning_diloco._lightning.io import is_truncated
+from lightning_diloco._lightning.planning import plan_of
 from lightning_diloco._lightning.team import TeamStrategy
 from lightning_diloco.algorithms.diloco import is_plain_run
-from lightning_diloco.arguments import Reduction
+from lightning_diloco.arguments import Reduction, logged_settings
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
-from lightning_diloco.fit import Fit, RunSettings
+from lightning_diloco.fit import Fit, FitResults, RunSettings
+from lightning_diloco.reporting.progress import announce
 from lightning_diloco.state.outer import trial_optimizer
 
 
@@ -54,6 +59,13 @@ class FitStrategy(TeamStrategy):
     def _started(self) -> Engine | None:
         """The engine of the present or last fit, if its training loop has begun."""
         return None if self._fit is None else self._fit.started
+
+    @property
+    def _counted(self) -> FitResults:
+        """What the present or last fit has counted, in this process or in those that it started."""
+        if self._returned is not None:
+            return self._returned
+        return FitResults() if self._fit is None else self._fit.results
 
     @property
     def _current_worker(self) -> int | None:
@@ -105,23 +117,45 @@ class FitStrategy(TeamStrategy):
         if trainer is not None and fit is not None and trainer.state.fn == TrainerFn.FITTING:
             one_machine = self.num_nodes == 1
             fit.begin(self._world, self._reduction == "ordered" or (self._reduction == "auto" and one_machine))
+            self._announce_waits(trainer, fit)
             installation.prepare(trainer, self._world, per_worker=any(c.per_worker for c in fit.reporters))
+
+    def _announce_waits(self, trainer: Trainer, fit: Fit) -> None:
+        seconds = [c.announce_waiting for c in fit.reporters if c.announce_waiting is not None]
+        if self._world.size > 1 and seconds:
+            # a second store would need a port of its own; the group's has no public name
+            self._world.watch(_get_default_store(), min(seconds), partial(announce, trainer))
 
     @override
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
         if self._fit is not None and trainer.state.fn == TrainerFn.FITTING:
             self._fit.set_up(self.optimizers)
+            self._log_hyperparameters(trainer, self._fit)
+
+    def _log_hyperparameters(self, trainer: Trainer, fit: Fit) -> None:
+        """Before Lightning logs the module's, and not for a Trainer that only runs a tuner, nor for the plain run."""
+        reporters = [c for c in fit.reporters if c.hyperparameters]
+        wanted = trainer.enable_autolog_hparams and not self._is_plain_run and not trainer_state.only_tunes(trainer)
+        if reporters and wanted:
+            ours = logged_settings(self._compared_settings, self._settings.partition)
+            flat = flattened({**of_module_and_data(trainer), **ours})
+            reporters[0].report_hyperparameters(trainer, ours, flat)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
         plan = None if self._fit is None else self._fit.next_plan()
-        return dataloader if plan is None else shard(dataloader, plan)
+        if self._fit is None or plan is None:
+            return dataloader
+        sharded = shard(dataloader, plan)
+        self._fit.note_shards(shard_sizes(sharded), dataloader)
+        return sharded
 
     @override
     def on_train_start(self) -> None:
-        assert self._fit is not None
-        self._fit.train()
+        fit = self._fit
+        assert fit is not None
+        fit.train(lambda: plan_of(fit))
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -200,6 +234,7 @@ class FitStrategy(TeamStrategy):
     def teardown(self) -> None:
         trainer = self._trainer_here
         super().teardown()
+        self._world.rest()
         if self._fit is not None:
             self._fit.close()
         if trainer is not None:

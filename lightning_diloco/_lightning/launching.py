@@ -6,15 +6,19 @@ have no public names.
 
 import importlib
 import os
+import pickle
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+_RESULTS = "diloco_results"  # the entry of Lightning's extra results with the path of ours
 _PARENT = "LIGHTNING_DILOCO_PARENT"  # environment variable: who started this process
 
 
@@ -38,12 +42,47 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
 
 class CopyLauncher(_MultiProcessingLauncher):
-    """Copies this process for each device ("spawn", "fork")."""
+    """Copies this process for each device ("spawn", "fork"), and gets back what process 0 has counted in a fit.
+
+    So do callbacks with the methods ``fit_results() -> plain data``, called in process 0, and
+    ``load_fit_results(data)``, called here.
+    """
+
+    @override
+    def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            trainer.strategy._returned = None
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    @override
+    def get_extra_results(self, trainer: Any) -> dict[str, Any]:
+        extra: dict[str, Any] = super().get_extra_results(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            results = trainer.strategy._counted, [c.fit_results() for c in _with_results(trainer)]
+            # in a file: Lightning's pipe holds 64 KiB, and its reader first waits for this process to end
+            handle, extra[_RESULTS] = tempfile.mkstemp(".diloco")
+            with os.fdopen(handle, "wb") as file:
+                pickle.dump(results, file)
+        return extra
+
+    @override
+    def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
+        super().update_main_process_results(trainer, extra)
+        if _RESULTS in extra:
+            with open(extra[_RESULTS], "rb") as file:
+                trainer.strategy._returned, results = pickle.load(file)
+            os.remove(extra[_RESULTS])
+            for callback, data in zip(_with_results(trainer), results, strict=True):
+                callback.load_fit_results(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """Spawned processes unpickle this before the project's modules, which may import ``pytorch_lightning``."""
         alias = "lightning_diloco.as_pytorch_lightning"
         return {"imported_first": _Import(alias) if alias in sys.modules else None, **self.__dict__}
+
+
+def _with_results(trainer: Any) -> list[Any]:
+    return [c for c in trainer.callbacks if hasattr(c, "fit_results")]
 
 
 class _Import:

@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import DilocoSignalConnector
 from lightning_diloco._lightning.data import abandon, expose_first_worker, is_sharded, set_epoch, split_batch
+from lightning_diloco._lightning.evaluation import run_further_validations
 from lightning_diloco._lightning.hooks import looks_at_gradients
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.results import WorkerResults, mean_type
@@ -118,6 +119,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         fit = self._fit
         reports = fit.finish()  # before callbacks' on_train_end: EMA and SWA write their weights there
         fit.deliver(reports, logging_step(self.trainer, after_training=True))
+        fit.conclude()
         if self._combined_loader is not None:
             abandon(self._combined_loader)
         _obey_signals(self.trainer)
@@ -197,6 +199,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             batch, batch_idx = data_fetcher._batch, data_fetcher._batch_idx
             batches = dict.fromkeys(batches, batch)
             self.batch_progress.is_last_batch = data_fetcher.done
+        fit.show_progress()  # before the hook in which a progress bar reads the values, wherever it stands in the list
         call._call_callback_hooks(trainer, "on_train_batch_end", _mean_loss(outputs), batch, batch_idx)
         if end_hook_is_due:
             engine.progress.counted = counted
@@ -264,9 +267,13 @@ class DilocoValidationLoop(Reclassed, _EvaluationLoop):
 
     @override
     def run(self) -> list[Any]:
-        with fit_of(self.trainer).evaluation():  # outside inference mode, so that the mean is an ordinary tensor
+        fit = fit_of(self.trainer)
+        if fit.training:
+            run_further_validations(self, fit)
+        with fit.evaluation():  # outside inference mode, so that the mean is an ordinary tensor
             outputs: list[Any] = super().run()
-            return outputs
+        fit_of(self.trainer).deliver_validation(outputs)
+        return outputs
 
     @override
     def _evaluation_step(self, *args: Any, **kwargs: Any) -> None:

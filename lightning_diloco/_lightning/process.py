@@ -5,6 +5,7 @@ worker (``comm/world.py``), the gradients of a worker that has several processes
 """
 
 import atexit
+import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import (
     _destroy_dist_connection,
     _get_default_process_group_backend_for_device,
@@ -34,7 +36,8 @@ from lightning_diloco._lightning.launching import CopyLauncher, ScriptLauncher, 
 from lightning_diloco._lightning.ranks import RankedStrategy
 from lightning_diloco.arguments import StartMethod
 from lightning_diloco.comm.world import World, check_layout
-from lightning_diloco.fit import Fit
+from lightning_diloco.fit import Fit, FitResults
+from lightning_diloco.reporting import hints
 
 
 class ProcessStrategy(RankedStrategy):
@@ -66,6 +69,8 @@ class ProcessStrategy(RankedStrategy):
         self._backend, self._timeout, self._start_method = process_group_backend, timeout, start_method
         self._world = World(num_workers)
         self._fit: Fit | None = None  # the present or last fit
+        self._machines_announced = False  # whether the environment tells of several machines
+        self._returned: FitResults | None = None  # of the last fit, in the process that only started others
         self._group_is_ours = False  # whether this strategy has made torch's process group
         self._end_watch: Callable[[], None] = _nothing
 
@@ -93,6 +98,8 @@ class ProcessStrategy(RankedStrategy):
         if not self.is_distributed:
             return
         assert self.cluster_environment is not None
+        # asked now: Lightning's launcher sets these variables itself
+        self._machines_announced = bool({"NODE_RANK", "GROUP_RANK", "MASTER_ADDR"} & os.environ.keys())
         method = self._start_method or ("fork" if _IS_INTERACTIVE else "popen")
         if method == "popen":
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self._given.machines)
@@ -121,6 +128,7 @@ class ProcessStrategy(RankedStrategy):
             reset_seed()  # as DDP does; several workers have a random stream each
         self.set_world_ranks()
         assert self.cluster_environment is not None
+        self._warn_of_missing_machines()
         device = self.root_device
         options: dict[str, Any] = {"device_id": device if device.type != "cpu" else None}
         if self._timeout is not None:
@@ -134,6 +142,14 @@ class ProcessStrategy(RankedStrategy):
             self._world = World(self._num_workers, self._rank, size)
             self._world.connect(self._timeout, self._compared_settings)
         self._world.signals, self._world.known_signals = set(), set()
+
+    def _warn_of_missing_machines(self) -> None:
+        """Before the wait for other machines, if nothing says that there are any."""
+        environment, machines = self.cluster_environment, self._given.machines
+        if machines == 1 or self._machines_announced or type(environment) is not LightningEnvironment:
+            return
+        if self._fit is None or self._fit.gives_hints:
+            hints.give(*hints.about_machines(machines, f"{environment.main_address}:{environment.main_port}"))
 
     @property
     def _compared_settings(self) -> dict[str, Any]:

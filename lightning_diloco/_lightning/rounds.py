@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from torch.utils.data import DistributedSampler, Sampler
 
+from lightning_diloco.reporting.plan import Repeated
 from lightning_diloco.state.randomness import RandomStream, derive_seed
 
 ONCE = (
@@ -202,8 +203,20 @@ class PartitionRounds:
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "partition", self._epoch, worker))
         return [part[j] for j in torch.randperm(len(part), generator=generator).tolist()]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Number of indices in each worker's list."""
+        return [len(part) for part in self._parts]
+
     def __len__(self) -> int:
         return math.ceil(max(map(len, self._parts)) / self._team)
+
+    @property
+    def repeated(self) -> Repeated | None:
+        """The worker whose list is read most often per epoch, if that is twice or more."""
+        sizes = [len(part) for part in self._parts]
+        least, longest = min(sizes), max(sizes)
+        return Repeated(sizes.index(least), least, longest) if longest >= 2 * least else None
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Rando
 from lightning_diloco._lightning.grouping import left_over
 from lightning_diloco._lightning.rounds import PartitionRounds, RankRounds, Rounds, ShardedRounds, checked_partition
 from lightning_diloco.fit import ShardPlan
+from lightning_diloco.reporting.plan import Repeated
 from lightning_diloco.state.randomness import derive_seed
 
 NO_PARTITION = (
@@ -55,6 +56,15 @@ class WorkerSampler(Sampler[Any]):
         """Whether a short last batch is dropped."""
         return self._cut is not None and bool(self._cut.drop_last)
 
+    def sizes(self, workers: int) -> list[int] | None:
+        """Number of samples in each worker's shard, up to a common factor; None if only reading tells.
+
+        Shards that a sampler deals out in rounds are equal: its last round is completed, or dropped.
+        """
+        if isinstance(self._rounds, PartitionRounds):
+            return self._rounds.sizes
+        return None if self._cut is None else [1] * workers
+
     @property
     def sampler(self) -> "WorkerSampler":
         """The sampler inside a batch sampler that repeats it without an end: loaders ask it for their length."""
@@ -88,6 +98,11 @@ class WorkerSampler(Sampler[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         self._rounds.set_epoch(epoch)
+
+    @property
+    def repeated(self) -> Repeated | None:
+        """The worker whose shard is read most often per epoch, if that is twice or more; of a partition only."""
+        return self._rounds.repeated if isinstance(self._rounds, PartitionRounds) else None
 
     def of(self, shards: Sequence[int]) -> "WorkerSampler":
         """A sampler of these shards' batches only, which leaves this sampler and the user's alone."""

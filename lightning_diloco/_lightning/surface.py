@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import data, distributed
-from lightning.pytorch import LightningModule
+from lightning.fabric.utilities import logger as fabric_logger
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -22,7 +24,7 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors import data_connector
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
@@ -32,6 +34,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.distributed import distributed_c10d
 from torch.utils import _pytree
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -51,6 +54,7 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
     (_TrainingEpochLoop, "_num_ready_batches_reached"): ("self",),
     (_TrainingEpochLoop, "_should_check_val_fx"): ("self", "data_fetcher"),
     (_EvaluationLoop, "run"): ("self", "args", "kwargs"),  # as its decorator shows them
+    (_EvaluationLoop, "setup_data"): ("self",),
     (_EvaluationLoop, "_evaluation_step"): ("self", "batch", "batch_idx", "dataloader_idx", "dataloader_iter"),
     (_EvaluationLoop, "increment_progress_to_evaluation_end"): ("self",),
     (_AutomaticOptimization, "run"): ("self", "optimizer", "batch_idx", "kwargs"),
@@ -61,6 +65,8 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
     (_LoggerConnector, "on_batch_start"): ("self", "batch", "dataloader_idx"),
     (_LoggerConnector, "on_batch_end"): ("self",),
     (_LoggerConnector, "epoch_end_reached"): ("self",),
+    (_LoggerConnector, "log_eval_end_metrics"): ("self", "metrics"),
+    (_LoggerConnector, "log_metrics"): ("self", "metrics", "step"),
     (_LoggerConnector, "update_train_step_metrics"): ("self",),
     (_ResultCollection, "update_metrics"): ("self", "key", "value", "batch_size"),
     (_ResultCollection, "metrics"): ("self", "on_step"),
@@ -71,6 +77,9 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
     (_SignalConnector, "_sigterm_notifier_fn"): ("self", "signum", "_"),
     (_SignalConnector, "_slurm_sigusr_handler_fn"): ("self", "signum", "_"),
     (_SubprocessScriptLauncher, "_call_children_scripts"): ("self",),
+    (_MultiProcessingLauncher, "launch"): ("self", "function", "args", "trainer", "kwargs"),
+    (_MultiProcessingLauncher, "get_extra_results"): ("self", "trainer"),
+    (_MultiProcessingLauncher, "update_main_process_results"): ("self", "trainer", "extra"),
     (_AcceleratorConnector, "_lazy_init_strategy"): ("self",),
     (LightningModule, "_on_before_batch_transfer"): ("self", "batch", "dataloader_idx"),
     (Strategy, "_configure_launcher"): ("self",),
@@ -90,7 +99,11 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
         "kwargs",
     ),
     (distributed, "_sync_ddp_if_available"): ("result", "group", "reduce_op"),
+    (fabric_logger, "_convert_params"): ("params",),
+    (fabric_logger, "_flatten_dict"): ("params", "delimiter", "parent_key"),
+    (fabric_logger, "_sanitize_params"): ("params",),
     (result, "_get_default_dtype"): (),
+    (distributed_c10d, "_get_default_store"): (),
     (DataLoader, "_get_iterator"): ("self",),
     (_BaseDataLoaderIter, "_reset"): ("self", "loader", "first_iter"),
     (_pytree, "tree_leaves"): ("tree", "is_leaf"),
@@ -112,6 +125,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {  # an object of the run, as the modul
     "_trainer._accelerator_connector": ("_num_nodes_flag", "_parallel_devices", "use_distributed_sampler"),
     "_trainer._logger_connector": (
         "_callback_metrics",
+        "_current_fx",
         "_first_loop_iter",
         "_logged_metrics",
         "_progress_bar_metrics",
@@ -133,7 +147,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {  # an object of the run, as the modul
     "_trainer.fit_loop.epoch_loop._results": ("batch", "batch_size"),
     "_trainer.fit_loop.epoch_loop.automatic_optimization": ("_skip_backward", "optim_progress", "output_result_cls"),
     "_trainer.fit_loop.epoch_loop.manual_optimization": ("optim_step_progress",),
-    "_trainer.fit_loop.epoch_loop.val_loop": ("restarted_mid_evaluation", "restarting"),
+    "_trainer.fit_loop.epoch_loop.val_loop": (
+        "_combined_loader",
+        "_last_val_dl_reload_epoch",
+        "_max_batches",
+        "_results",
+        "_seen_batches_per_dataloader",
+        "inference_mode",
+        "restarted_mid_evaluation",
+        "restarting",
+        "skip",
+    ),
 }
 
 EXAMPLES: dict[Callable[[], object], tuple[str, ...]] = {  # makes an object like those of a run → their attributes
@@ -147,6 +171,9 @@ EXAMPLES: dict[Callable[[], object], tuple[str, ...]] = {  # makes an object lik
         "on_step",
         "sync",
     ),
+    lambda: LearningRateFinder(): ("_early_exit",),
+    lambda: BatchSizeFinder(): ("_early_exit",),
+    lambda: LightningDataModule(): ("_log_hyperparams",),
     lambda: SingleDeviceStrategy(): ("_accelerator", "_checkpoint_io", "_launcher", "_precision_plugin"),
     lambda: DataLoader([0]): ("_iterator",),  # type: ignore[arg-type]
     # with a generator of its own: the iterator would draw from the run's

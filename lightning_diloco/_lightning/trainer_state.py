@@ -6,6 +6,7 @@ Private because no public name says them; each function has its reason. Changes 
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from lightning_diloco.engine.file_format import LoaderState
 
@@ -54,6 +55,12 @@ def accumulating(trainer: Trainer) -> bool:
 def uses_distributed_sampler(trainer: Trainer) -> bool:
     """The user's ``Trainer(use_distributed_sampler=)``; no public attribute keeps it."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
+def only_tunes(trainer: Trainer) -> bool:
+    """Whether this fit is a ``Tuner``'s, and ends before training; the tuner marks its callback, and nothing else."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(c, (BatchSizeFinder, LearningRateFinder)) and c._early_exit for c in callbacks)
 
 
 def overfits(trainer: Trainer) -> bool:

@@ -19,6 +19,7 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
+from torch.utils._pytree import tree_leaves
 
 from lightning_diloco._lightning.hooks import does_something, rank_of
 from lightning_diloco._lightning.results import WorkerResults
@@ -114,6 +115,7 @@ class WorkerTurns:
                         else:
                             outputs[w] = self._loop.manual_optimization.run(inputs[w])
                     engine.progress.done.add(w)
+                    self._note(w, batches[w], outputs[w])
             if engine.differs_in_active_workers:
                 counters.agree(engine.world, f"the turns of local step {engine.local_steps + 1}")
         self._results.fold()
@@ -137,7 +139,20 @@ class WorkerTurns:
             with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
                 loop._optimizer_step(batch_idx, closures[w])  # with Lightning's hooks, clipping and precision
             engine.progress.done.add(w)
+            self._note(w, inputs[w].get("batch"), closures[w].output)
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
+
+    def _note(self, worker: int, batch: Any, output: Outputs) -> None:
+        """Counts the samples and the loss of a worker's turn; a pass that trains nothing (SWA's) doesn't count."""
+        loop = self._loop
+        if loop.automatic_optimization._skip_backward:
+            return
+        loss = output.get("loss")
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            loss = None  # under manual optimization "loss" may be any object
+        elif loop.trainer.lightning_module.automatic_optimization and loop.trainer.accumulate_grad_batches > 1:
+            loss = loss * loop.trainer.accumulate_grad_batches  # by which Lightning has divided
+        self._fit.engine.seen.note(worker, samples_of(batch), loss)
 
     def hook(self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
         """Calls a hook of the LightningModule in each worker's turn, as on every rank under DDP."""
@@ -150,6 +165,15 @@ class WorkerTurns:
                 responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
         self._results.fold()
         return responses
+
+
+def samples_of(batch: Any) -> int | None:
+    """The size of the first tensor's first dimension in a batch, of a tuple of tensors or a dict, say; None: unknown.
+
+    Lightning's own function warns of sizes that differ, and raises where it finds none.
+    """
+    tensor = next((t for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.ndim), None)
+    return None if tensor is None else tensor.shape[0]
 
 
 class _Counters:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_diloco.algorithms.sending import Order, Read, Sender
+from lightning_diloco.algorithms.order import Order, Read
+from lightning_diloco.algorithms.sending import Sender
 from lightning_diloco.algorithms.transfer import Transfer
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.channel import Channel
@@ -61,6 +62,7 @@ class SyncContext:
     taken: list[Transfer] = field(default_factory=list)
     merged: set[str] = field(default_factory=set)  # parameters that workers have taken over in this step
     last_sent: dict[str, int] = field(default_factory=dict)  # stream → the step in which it was last sent
+    ever_sent: set[str] = field(default_factory=set)  # parameters whose weights, or Δ, workers have sent
     _flushing: bool = False
     _moved_late: bool = False
     _sent_in_step: dict[tuple[str, int], int] = field(default_factory=dict)  # (stream, step) → how many orders
@@ -174,6 +176,8 @@ class SyncContext:
         recent = {s: at for s, at in self.last_sent.items() if at > self.local_steps - 2 * self.interval}
         of_weights = [at for stream, at in recent.items() if not stream.startswith("gradients")]
         latest = min(of_weights or recent.values(), default=self.origin)
+        if of_weights and not self.ever_sent >= set(self.names):  # fragments whose first turn is still to come
+            latest = self.origin
         return bool(self.waiting) or self._moved_late or max(latest, self.origin) < self.local_steps
 
     # ---------------------------------------------------------------------------------------- sending, arriving
@@ -201,7 +205,7 @@ class SyncContext:
             read: gives worker i's tensors, for example :meth:`delta`; called for ``local_workers`` only.
             workers: who sends; default all.
             groups: disjoint groups of workers, instead of ``workers``: means are taken within each (gossip).
-            weights: worker → weight ≥ 0 in the mean; default: equal weights.
+            weights: worker → weight ≥ 0 in the mean; default: those of the strategy's ``weights``.
             delay: local steps from sending to arrival, ≥ 0; 0: the transfer arrives at once.
             tag: a word by which :meth:`arrived` finds the transfer, and by which codecs tell streams apart.
             what: kind of the tensors, for the ledger: "delta", "weights", "gradients", or a word of your own. Norm,
@@ -245,6 +249,8 @@ class SyncContext:
         transfer = self.sender.send(order)
         if transfer.means:
             self.last_sent[order.stream] = self.step
+            if what != "gradients":
+                self.ever_sent |= set(order.names)
             self.waiting.append(transfer)
         return transfer
 

@@ -15,18 +15,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_diloco.algorithms.deltas import PseudoGradients
+from lightning_diloco.algorithms.measuring import SendingMeter
+from lightning_diloco.algorithms.order import Order
 from lightning_diloco.algorithms.participation import Participation
 from lightning_diloco.algorithms.transfer import Transfer
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.channel import Channel
-from lightning_diloco.comm.means import Differences, shape_of
+from lightning_diloco.comm.means import shape_of
 from lightning_diloco.comm.statistics import (
     MeanStatistics,
     Parts,
     all_finite,
     euclidean_norm,
-    lengths,
-    norm_and_cosine,
 )
 from lightning_diloco.comm.tensors import checksum
 from lightning_diloco.state.memory import Memory
@@ -34,43 +35,6 @@ from lightning_diloco.state.outer import FromMeanOfWeights, Outer
 from lightning_diloco.state.policies import Policies
 from lightning_diloco.state.randomness import derive_seed
 from lightning_diloco.state.replicas import Replicas
-
-Read = Callable[[int], Mapping[str, Tensor]]  # worker → its tensors, by name
-
-_OF_WEIGHTS = ("delta", "weights")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What an algorithm wants to send; see :meth:`~lightning_diloco.algorithms.context.SyncContext.send`.
-
-    Attributes:
-        assigns: the mean of the weights may be sent in place of the mean Δ, since θ will be assigned that mean.
-        again: tells orders of the same stream and step apart, for random numbers; empty for the first.
-    """
-
-    names: list[str]
-    read: Read
-    groups: list[list[int]]
-    weights: Mapping[int, float] | None
-    step: int
-    delay: int
-    tag: str | None
-    what: str
-    codec: Codec | None
-    assigns: bool
-    again: str = ""
-
-    @property
-    def stream(self) -> str:
-        """What successive transfers of the same things have in common."""
-        return self.what if self.tag is None else f"{self.what}/{self.tag}"
-
-    @property
-    def where(self) -> str:
-        """The place in the run, for messages."""
-        what = "" if self.stream in _OF_WEIGHTS else f" of {self.stream}"
-        return f"the synchronisation{what} after {self.step} local steps"
 
 
 @dataclass
@@ -84,6 +48,8 @@ class Sender:
         diagnostics: whether norms, cosines and drifts are measured.
         writing: set once the state of the run has begun to change, after which an error leaves a half-done step.
         seconds: wall-clock time of sending in this step.
+        meter: measures what is sent.
+        before_sending: is shown the Δ_i of a transfer of Δ or weights, before they are averaged; None: nobody looks.
     """
 
     replicas: Replicas
@@ -97,6 +63,10 @@ class Sender:
     diagnostics: bool
     writing: bool = False
     seconds: float = 0.0
+    before_sending: Callable[[PseudoGradients], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.meter = SendingMeter(self.replicas, self.outer, self.channel)
 
     @torch.no_grad()
     def send(self, order: Order) -> Transfer:
@@ -119,9 +89,12 @@ class Sender:
             what=order.what,
         )
         self._reject(order, transfer, [w for group in groups for w in group if not _fine(known, w)])
+        self._show(order, transfer)
         while transfer.groups:
-            statistics, nbytes = self._average(order, transfer)
-            parts = self._gathered(order, statistics)
+            statistics, nbytes, dense = self._average(order, transfer)
+            coded = self._codec(order) is not None
+            measured = self.meter.gather(order, transfer, statistics, coded) if self.diagnostics else []
+            parts = [of_process for of_process, _ in measured]
             checked = self._tolerant or all(w in known for w in transfer.senders) or _all_fine(parts)
             bad = [] if checked else self._bad_workers(order, transfer)
             if not bad:
@@ -130,10 +103,10 @@ class Sender:
         else:
             return transfer
         if self.diagnostics:
-            self._measure(order, transfer, known, parts)
+            self.meter.measure(order, transfer, known, measured)
         self.writing = True
-        transfer.nbytes = nbytes
-        self.channel.record(transfer.what, nbytes)
+        transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0  # a single worker has nobody to send to
+        self.channel.record(transfer.what, nbytes, max(map(len, transfer.groups)), dense)
         transfer.seconds = time.perf_counter() - started
         self.seconds += transfer.seconds
         return transfer
@@ -184,13 +157,13 @@ class Sender:
             self._check_encodable(order, codec)
         sending = [w for group in groups for w in group]
         unseen = codec is not None or world.team > 1 or (world.size > 1 and not self.channel.ordered)
-        measured = self.channel.workers if self.diagnostics and order.what in _OF_WEIGHTS else sending
+        measured = self.channel.workers if self.diagnostics and order.of_weights else sending
         norms = {w: self._norm(order, w) for w in world.workers if w in measured and (unseen or w not in sending)}
         if not self.diagnostics and not unseen:
             norms = {}
         if world.size > 1:
             theta = self.outer.tensors
-            shared = {n: theta[n] for n in order.names if n in theta} if order.what in _OF_WEIGHTS else {}
+            shared = {n: theta[n] for n in order.names if n in theta} if order.of_weights else {}
             gathered = world.gather_all(order.where, (norms, world.signals, checksum(shared)))
             odd = next((r for r, theirs in enumerate(gathered) if theirs[2] != gathered[0][2]), None)
             if odd is not None:
@@ -205,9 +178,7 @@ class Sender:
 
     def _norm(self, order: Order, worker: int) -> float:
         """‖·‖₂ of what a worker sends, of weights their distance from θ; NaN if any isn't finite."""
-        values, theta = order.read(worker), self.outer.tensors
-        if order.what == "weights" and theta.keys() >= set(order.names):
-            values = Differences(order.names, theta, values)
+        values = order.as_delta(self.outer.tensors, order.read(worker))
         norm = euclidean_norm(values, order.names) if self.diagnostics else math.inf
         if math.isfinite(norm):
             return norm
@@ -262,7 +233,7 @@ class Sender:
         if not bad or self._tolerant:
             return
         senders, listed = transfer.senders, ", ".join(map(str, bad))
-        of_weights = order.what in _OF_WEIGHTS
+        of_weights = order.of_weights
         kind = "pseudo-gradient" if of_weights else order.what
         if self.policies.nonfinite == "raise" or len(bad) == len(senders):
             where = "Its weights, or θ's, hold" if of_weights else "They hold"
@@ -292,8 +263,8 @@ class Sender:
     def _codec(self, order: Order) -> Codec | None:
         return self.codec if order.codec is None else order.codec
 
-    def _average(self, order: Order, transfer: Transfer) -> tuple[list[MeanStatistics], int]:
-        """Puts the means into the transfer; returns what was measured, and the bytes that a worker sends."""
+    def _average(self, order: Order, transfer: Transfer) -> tuple[list[MeanStatistics], int, int]:
+        """Puts the means into the transfer; returns what was measured, and the bytes that a worker sends, and dense."""
         codec, theta = self._codec(order), self.outer.tensors
         assigns = order.assigns and (codec is None or codec.lossless)
         read = self.replicas.tensors if assigns else order.read
@@ -302,19 +273,19 @@ class Sender:
         here = self.channel.world.workers[0]
         known = {here: read(here)}
         like = {n: shape_of(known[here], n) for n in order.names}
+        dense = sum(t.nbytes for t in like.values())
 
         def read_once(worker: int) -> Mapping[str, Tensor]:
             return known.pop(worker) if worker in known else read(worker)
 
         for group in transfer.groups:
-            statistics = MeanStatistics(theta if what == "weights" else None) if self.diagnostics else None
+            origin = theta if what == "weights" else None
+            statistics = MeanStatistics(origin, self.meter.layers) if self.diagnostics else None
             given = order.weights
             weights = None if given is None else [given[w] for w in group]
             if codec is None:
-                mean, nbytes = (
-                    self.channel.mean(order.names, read_once, group, weights, like, statistics),
-                    sum(t.nbytes for t in like.values()),
-                )
+                mean = self.channel.mean(order.names, read_once, group, weights, like, statistics)
+                nbytes = dense
             else:
                 self.writing = True  # from here on codecs remember what they have sent
                 drawn = {w: self.random(f"codec of {order.stream}{order.again}", order.step, w) for w in group}
@@ -332,35 +303,28 @@ class Sender:
             transfer.means.append(FromMeanOfWeights(order.names, theta, mean) if assigns else mean)
             gathered += [] if statistics is None else [statistics]
             sent = max(sent, nbytes)
-        return gathered, sent
+        return gathered, sent, dense
 
-    def _gathered(self, order: Order, statistics: Sequence[MeanStatistics]) -> list[list[Parts]]:
-        """What each process has measured, per group of workers; nothing without diagnostics."""
-        here = [s.parts() for s in statistics]
-        return self.channel.world.gather_all(f"measuring {order.where}", here) if self.diagnostics else []
-
-    def _measure(
-        self, order: Order, transfer: Transfer, known: Mapping[int, float], parts: Sequence[Sequence[Parts]]
-    ) -> None:
-        """Norm, cosine and drift, from the statistics of all processes."""
-        norms, cosines, norm_of = [], [], dict(known)
-        for i, group in enumerate(transfer.groups):
-            of_group = [of_process[i] for of_process in parts]
-            norm, cosine = norm_and_cosine(of_group)
-            norms += [] if norm is None else [norm]
-            cosines += [] if cosine is None else [cosine]
-            norm_of = {**dict(zip(group, lengths(of_group) or (), strict=False)), **norm_of}
-        transfer.norm = sum(norms) / len(norms) if norms else None
-        transfer.cosine = sum(cosines) / len(cosines) if cosines else None
-        if order.what in _OF_WEIGHTS:
-            theta = self.outer.tensors
-            scale = euclidean_norm(theta, [n for n in order.names if n in theta]) or 1.0
-            transfer.drift = tuple(norm_of.get(w, math.nan) / scale for w in self.channel.workers)
+    def _show(self, order: Order, transfer: Transfer) -> None:
+        """Lets a callback read every Δ_i, before they are averaged."""
+        if self.before_sending is None or not order.of_weights or not transfer.groups:
+            return
+        deltas = PseudoGradients(
+            order.step,
+            order.tag,
+            tuple(order.names),
+            tuple(transfer.senders),
+            self.channel.world,
+            lambda w: order.as_delta(self.outer.tensors, order.read(w)),
+        )
+        with deltas.readable():
+            self.before_sending(deltas)
 
 
 def _all_fine(parts: Sequence[Sequence[Parts]]) -> bool:
     """Whether the squares of all means are finite, and so all that went into them."""
-    squares = [square for of_process in parts for square, _ in of_process if square is not None]
+    of_layers = [sums for of_process in parts for of_group in of_process for sums in of_group.values()]
+    squares = [square for square, _ in of_layers if square is not None]
     return bool(squares) and all(map(math.isfinite, squares))
 
 

@@ -10,13 +10,13 @@ What is due is sent before what has arrived is applied. All fragments have one o
 the parameters of the fragment: as if each had its own.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 from typing_extensions import override
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
+from lightning_diloco.algorithms.layers import layer_of
 
 Pattern = Literal["strided", "sequential"]
 FirstSync = Literal["paper", "staggered"]
@@ -120,7 +120,7 @@ class StreamingDiloco(SyncAlgorithm):
             return _listed(names, self.ctx.names, self.pattern)
         layers: dict[str, list[str]] = {}
         for name in names:
-            layers.setdefault(_layer(name), []).append(name)
+            layers.setdefault(layer_of(name), []).append(name)
         if len(layers) < self.fragments:
             raise ValueError(
                 f"StreamingDiloco: `fragments` (={self.fragments}) is more than the model's {len(layers)} layers"
@@ -131,16 +131,6 @@ class StreamingDiloco(SyncAlgorithm):
             p = i % self.fragments if self.pattern == "strided" else i * self.fragments // len(layers)
             fragments[p] += of_layer
         return fragments
-
-
-def _layer(name: str) -> str:
-    """The layer of a parameter.
-
-    >>> _layer("blocks.3.mlp.weight"), _layer("embedding.weight"), _layer("scale")
-    ('blocks.3', 'embedding', 'scale')
-    """
-    numbered = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
-    return numbered.group() if numbered else name.rpartition(".")[0] or name
 
 
 def _listed(names: Sequence[str], trainable: Sequence[str], pattern: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -35,6 +35,8 @@ class Transfer:
             :class:`~lightning_diloco.OuterStepReport`.
         drift: per worker ‖θ_i − θ‖ / ‖θ‖ when it was sent; empty without diagnostics, and for other kinds than "delta"
             and "weights".
+        likeness: numbers of the report, layer by layer (of all layers together under ""), as plain values for files;
+            empty without diagnostics.
         seconds: wall-clock time of sending.
     """
 
@@ -51,6 +53,7 @@ class Transfer:
     norm: float | None = None
     cosine: float | None = None
     drift: tuple[float, ...] = ()
+    likeness: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property

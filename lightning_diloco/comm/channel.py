@@ -55,12 +55,14 @@ class Channel:
     Attributes:
         workers: global ids of all workers.
         ledger: what was sent, as far as it was recorded.
+        weights: worker → weight > 0 in every mean that names none; None: equal weights.
     """
 
     def __init__(self, world: World, clock: Callable[[], int], ordered: bool = True) -> None:
         self.world = world
         self.workers = list(range(world.num_workers))
         self.ledger = Ledger()
+        self.weights: Mapping[int, float] | None = None
         self.clock = clock
         self.ordered = ordered
 
@@ -84,7 +86,7 @@ class Channel:
             read: gives worker i's tensors; called once for each participant hosted here. Shapes and dtypes are equal
                 for all workers.
             workers: the participants; default all.
-            weights: a weight ≥ 0 per participant, normalised to sum 1 here; default 1/N each.
+            weights: a weight ≥ 0 per participant, normalised to sum 1 here; default: the channel's ``weights``.
             like: name → a tensor of the right shape, dtype and device; default: the tensors that ``read`` gives for the
                 first worker hosted here.
             statistics: measures what passes through this process.
@@ -112,7 +114,7 @@ class Channel:
                 if statistics is not None:
                     for name, start, low, high in own_part(self.world, segments, width):
                         part = chunk[self.world.rank * width :][low:high]
-                        statistics.add_square(statistics.square_of(name, start, part))
+                        statistics.add_square(name, statistics.square_of(name, start, part))
             at = 0
             for name, start, stop in segments:
                 result[name][start:stop] = chunk[at : at + stop - start]
@@ -182,7 +184,8 @@ class Channel:
         """The participants in ascending order, with their weights."""
         workers = self.workers if workers is None else list(workers)
         if weights is None:
-            return sorted(workers), None
+            workers = sorted(workers)
+            return workers, None if self.weights is None else [self.weights[w] for w in workers]
         if len(weights) != len(workers) or min(weights) < 0 or not sum(weights):
             raise ValueError(
                 f"`weights` (={list(weights)}) must hold one number ≥ 0 for each of the {len(workers)} participants"
@@ -210,7 +213,8 @@ class Channel:
         """The mean over workers of this process."""
         of_kind: dict[tuple[torch.dtype, torch.device], PieceMeans] = {}
         means_of: dict[str, Tensor] = {}
-        for group in joined_names(names, shapes):
+        by_layer = () if statistics is None else (statistics.layer_of,)
+        for group in joined_names(names, shapes, *by_layer):
             like = shapes[group[0]]
             kind = like.dtype, like.device
             if kind not in of_kind:
@@ -283,7 +287,18 @@ class Channel:
         self.world.broadcast(copies.values(), self.world.host(worker), f"copies of worker {worker}'s tensors")
         return copies
 
-    def record(self, what: str, payload_bytes: int) -> None:
-        """Enters in the ledger what each participant has sent, unless it is nothing."""
-        if payload_bytes:
-            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes))
+    def record(
+        self, what: str, payload_bytes: int, participants: int | None = None, dense_bytes: int | None = None
+    ) -> None:
+        """Enters in the ledger what each participant has sent, unless it is nothing; one worker sends to nobody.
+
+        Args:
+            what: kind of the tensors.
+            payload_bytes: bytes that a participant sends.
+            participants: how many workers had a share in the mean; default all.
+            dense_bytes: bytes of the mean; default as many as of the payload.
+        """
+        if payload_bytes and self.world.num_workers > 1:
+            count = self.world.num_workers if participants is None else participants
+            dense = payload_bytes if dense_bytes is None else dense_bytes
+            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes, count, dense))

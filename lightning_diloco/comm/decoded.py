@@ -88,8 +88,8 @@ class DecodedMean:
         if not _finite(mean):  # ∞ − ∞: hide where all hold the same ∞
             mean = self._sum_up(payloads, like, hide_equal=True)
         if statistics is not None and part[0] < part[1]:
-            statistics.add_products(self._products(name, payloads, like, held, statistics, part))
-            statistics.add_square(statistics.square_of(name, part[0], mean[slice(*part)]))
+            statistics.add_products(name, self._products(name, payloads, like, held, statistics, part))
+            statistics.add_square(name, statistics.square_of(name, part[0], mean[slice(*part)]))
         return mean.view(like.shape)
 
     def _sum_up(self, payloads: Sequence[Payload], like: Tensor, hide_equal: bool) -> Tensor:

@@ -63,8 +63,11 @@ class Measure(Protocol):
     def square_of(self, name: Joined, start: int, mean: Tensor) -> float:
         """The sum of squares of that part of the mean; not finite unless the part is."""
 
-    def add_square(self, square: float) -> None:
-        """Adds a sum of squares of the mean."""
+    def add_square(self, name: Joined, square: float) -> None:
+        """Adds a sum of squares of the mean of that tensor."""
+
+    def layer_of(self, name: Joined) -> str:
+        """The layer to which the tensor's statistics are added; tensors of different layers are not joined."""
 
 
 @dataclass
@@ -152,7 +155,7 @@ class PieceMeans:
             self._mean(self._read(piece), out, hide_equal=True)
             square = None if measure is None else measure.square_of(name, start, out)
         if measure is not None and square is not None:
-            measure.add_square(square)
+            measure.add_square(name, square)
 
     def _buffer(self, length: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """Room for the rows of a piece: as a matrix, row by row, and without the first row."""
@@ -251,14 +254,22 @@ def row_of(tensors: Mapping[str, Tensor], name: str) -> Row:
     return Row(flat(tensors[name]))
 
 
-def joined_names(names: Sequence[str], like: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Large tensors one by one; small ones of a kind together, since a torch call costs as much as their arithmetic."""
-    together: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+def joined_names(
+    names: Sequence[str], like: Mapping[str, Tensor], layer_of: Callable[[str], str] = lambda _: ""
+) -> Iterator[list[str]]:
+    """Large tensors one by one; small ones of a kind together, since a torch call costs as much as their arithmetic.
+
+    Args:
+        names: names of the tensors.
+        like: name → a tensor of the right shape, dtype and device.
+        layer_of: only tensors for which this gives the same word are put together.
+    """
+    together: dict[tuple[torch.dtype, torch.device, str], list[str]] = {}
     for name in names:
         if like[name].numel() > SMALL:
             yield [name]
         else:
-            together.setdefault((like[name].dtype, like[name].device), []).append(name)
+            together.setdefault((like[name].dtype, like[name].device, layer_of(name)), []).append(name)
     for group in together.values():
         yield from (group[i : i + _TOGETHER] for i in range(0, len(group), _TOGETHER))
 

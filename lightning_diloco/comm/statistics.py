@@ -21,8 +21,8 @@ _BLOCK = 512
 
 _SMALLEST, _LARGEST = 1e-26, 1e38  # sums of squares that float32 can be trusted with
 
-Parts = tuple[float | None, list[list[float]] | None]
-"""Sums of a process: ‖mean‖², and the inner products of the participants."""
+Parts = dict[str, tuple[float | None, Tensor | None]]
+"""Sums of a process, layer by layer: ‖mean‖², and the inner products of the participants, [n, n]."""
 
 
 class MeanStatistics:
@@ -33,17 +33,19 @@ class MeanStatistics:
     Args:
         origin: name → tensor; if given, the rows are weights, and what is measured is ``origin − row`` and
             ``origin − mean``.
+        layers: name of a tensor → the layer that it is added to; default: all are added together.
 
     Attributes:
-        products: inner products of the participants' rows, [n, n], float64; None if no row was seen (with an
+        products: layer → inner products of the participants' rows, [n, n], float64; empty if no row was seen (with an
             all-reduce over processes nobody sees single rows).
-        square: ‖mean‖²; None if no mean was seen.
+        squares: layer → ‖mean‖²; empty if no mean was seen.
     """
 
-    def __init__(self, origin: Mapping[str, Tensor] | None = None) -> None:
-        self.products: Tensor | None = None
-        self.square: float | None = None
+    def __init__(self, origin: Mapping[str, Tensor] | None = None, layers: Mapping[str, str] | None = None) -> None:
+        self.products: dict[str, Tensor] = {}
+        self.squares: dict[str, float] = {}
         self._origin = origin
+        self._layers = layers or {}
         # of the origin, flattened: the tensor of the latest piece
         self._latest: tuple[Joined, Tensor] = "", torch.empty(0)
         self._buffers: dict[Any, Tensor] = {}
@@ -56,11 +58,17 @@ class MeanStatistics:
             start: first element of the piece in the flattened tensor.
             rows: the values, [n, elements].
         """
-        self.add_products(self.products_of(name, start, rows))
+        self.add_products(name, self.products_of(name, start, rows))
 
-    def add_products(self, products: Tensor) -> None:
-        """Adds inner products of the participants, [n, n], float64."""
-        self.products = products if self.products is None else self.products + products
+    def layer_of(self, name: Joined) -> str:
+        """The layer of a tensor; tensors of several layers are never joined."""
+        return self._layers.get(name if isinstance(name, str) else name[0], "")
+
+    def add_products(self, name: Joined, products: Tensor) -> None:
+        """Adds inner products of the participants' tensor ``name``, [n, n], float64."""
+        layer = self.layer_of(name)
+        known = self.products.get(layer)
+        self.products[layer] = products if known is None else known + products
 
     def products_of(self, name: Joined, start: int, rows: Sequence[Tensor] | Tensor) -> Tensor:
         """The inner products of rows of a piece, without adding them; arguments as in :meth:`add_rows`."""
@@ -86,13 +94,15 @@ class MeanStatistics:
             total += _square(values, scratch)
         return total
 
-    def add_square(self, square: float) -> None:
-        """Adds a part of ‖mean‖²."""
-        self.square = square if self.square is None else self.square + square
+    def add_square(self, name: Joined, square: float) -> None:
+        """Adds a part of ‖mean‖² of tensor ``name``."""
+        layer = self.layer_of(name)
+        self.squares[layer] = self.squares.get(layer, 0.0) + square
 
     def parts(self) -> Parts:
-        """The sums of this process, for :func:`norm_and_cosine` and :func:`lengths`."""
-        return self.square, None if self.products is None else self.products.tolist()
+        """The sums of this process, for :func:`joined_parts`."""
+        layers = [*self.products, *(layer for layer in self.squares if layer not in self.products)]
+        return {layer: (self.squares.get(layer), self.products.get(layer)) for layer in layers}
 
     def _products(self, rows: Tensor) -> Tensor:
         """Inner products of the rows with each other, in float64 on the CPU."""
@@ -160,29 +170,51 @@ def _square(values: Tensor, scratch: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
+def joined_parts(parts: Iterable[Parts]) -> Parts:
+    """The sums of several processes, added up."""
+    squares: dict[str, float] = {}
+    products: dict[str, Tensor] = {}
+    layers: dict[str, None] = {}
+    for of_process in parts:
+        for layer, (square, inner) in of_process.items():
+            layers[layer] = None
+            if square is not None:
+                squares[layer] = squares.get(layer, 0.0) + square
+            if inner is not None:
+                products[layer] = products[layer] + inner if layer in products else inner
+    return {layer: (squares.get(layer), products.get(layer)) for layer in layers}
+
+
+def total_of(parts: Parts) -> tuple[float | None, Tensor | None]:
+    """‖mean‖² and the inner products over all layers; None where nobody saw them."""
+    squares = [square for square, _ in parts.values() if square is not None]
+    products = [inner for _, inner in parts.values() if inner is not None]
+    return sum(squares) if squares else None, torch.stack(products).sum(0) if products else None
+
+
 def norm_and_cosine(parts: Sequence[Parts]) -> tuple[float | None, float | None]:
     """‖mean‖ and the mean pairwise cosine of the participants, from every process's parts; None where nobody saw it."""
-    squares = [square for square, _ in parts if square is not None]
-    norm = math.sqrt(sum(squares)) if squares else None
-    products = _joined(parts)
-    if products is None or len(products) < 2:
-        return norm, None
-    norms = products.diagonal().sqrt()
-    scale = torch.where(norms == 0, 1.0, norms)  # a row of zeros is orthogonal to all
-    cosines = products / scale / scale[:, None]
-    n = len(cosines)
-    return norm, float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
+    square, products = total_of(joined_parts(parts))
+    return None if square is None else math.sqrt(square), None if products is None else mean_cosine(cosines(products))
 
 
 def lengths(parts: Sequence[Parts]) -> list[float] | None:
     """The norm of each participant's row, from every process's parts; None where nobody saw single rows."""
-    products = _joined(parts)
+    _, products = total_of(joined_parts(parts))
     return None if products is None else products.diagonal().sqrt().tolist()
 
 
-def _joined(parts: Sequence[Parts]) -> Tensor | None:
-    seen = [torch.tensor(products, dtype=torch.float64) for _, products in parts if products is not None]
-    return torch.stack(seen).sum(0) if seen else None
+def cosines(products: Tensor) -> Tensor:
+    """Pairwise cosines, [n, n], from inner products; a row of zeros is orthogonal to all others."""
+    norms = products.diagonal().sqrt()
+    scale = torch.where(norms == 0, 1.0, norms)
+    return products / scale / scale[:, None]
+
+
+def mean_cosine(matrix: Tensor) -> float | None:
+    """The mean over pairs of different rows, from pairwise cosines, [n, n]; None for n < 2."""
+    n = len(matrix)
+    return None if n < 2 else float((matrix.sum() - matrix.trace()) / (n * (n - 1)))
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from lightning_diloco.comm import means
 from lightning_diloco.comm.tensors import bytes_of, flat, real_view
+from lightning_diloco.comm.waiting import Among, Waiting
+from lightning_diloco.comm.watcher import Store, Watcher
 
 
 class World:
@@ -40,6 +42,7 @@ class World:
         signals: signals that this process has received: "stop" (SIGTERM), "requeue" (SLURM). The other processes learn
             of them at the next synchronisation.
         known_signals: signals that some process has received and that all processes know of.
+        waiting: the collective in which this process is blocked, and the time in collectives.
     """
 
     def __init__(self, num_workers: int, rank: int = 0, size: int = 1) -> None:
@@ -53,10 +56,12 @@ class World:
         self.signals: set[str] = set()
         self.known_signals: set[str] = set()
         self.device = torch.device("cpu")
+        self.waiting = Waiting()
         self.group: Any = None  # torch's default process group at the time of connect()
         self._timeout: timedelta | None = None
         self._control: Any = None
         self._team_group: Any = None
+        self._watcher: Watcher | None = None
 
     # ---------------------------------------------------------------------------------------- layout
 
@@ -132,15 +137,29 @@ class World:
         return [value for _, _, value in seen]
 
     @contextmanager
-    def label_errors(self, where: str) -> Iterator[None]:
-        """Adds the place in the run, ``where``, to the error of a collective in the block."""
+    def label_errors(self, where: str, among: Among = "all") -> Iterator[None]:
+        """The block is a collective: adds the place in the run, ``where``, to its error, and counts its time."""
         try:
-            yield
+            with self.waiting.at(where, among):
+                yield
         except RuntimeError as error:
             raise RuntimeError(
                 f"Process {self.rank} of {self.size} failed at {where}. If another process has exited or hangs"
                 f" (`timeout` = {self._timeout}), see its output. {error}"
             ) from error
+
+    def watch(self, store: Store, after: float, say: Callable[[str], None]) -> None:
+        """From now on, ``say`` is called with the processes for which this process waits longer than ``after`` s."""
+        self.rest()
+        team = [self.host(self.workers[0], j) for j in range(self.team)]
+        self._watcher = Watcher(self.waiting, self.rank, {"all": range(self.size), "team": team}, store, after, say)
+        self._watcher.start()
+
+    def rest(self) -> None:
+        """Ends :meth:`watch`."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
 
     def gather_signals(self, where: str) -> None:
         """Tells all processes which signals any process has received."""
@@ -230,7 +249,7 @@ class World:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             pieces = [flat(t) for t in [*gradients, flags]]
             together = torch.cat(pieces).div_(self.team)
-            with self.label_errors("the mean of gradients in a worker's team"):
+            with self.label_errors("the mean of gradients in a worker's team", "team"):
                 dist.all_reduce(together, group=self._team_group)
             *averages, present = torch.split(together, [t.numel() for t in pieces])
             for p, gradient, mean, any_has in zip(bucket, gradients, averages, present.tolist(), strict=True):
@@ -243,7 +262,7 @@ class World:
         """The mean over the worker's team, as a new tensor."""
         mean = value.detach() / self.team
         if self.team > 1:
-            with self.label_errors("the mean of losses in a worker's team"):
+            with self.label_errors("the mean of losses in a worker's team", "team"):
                 dist.all_reduce(mean, group=self._team_group)
         return mean
 
@@ -262,7 +281,7 @@ class World:
         for tensor in tensors:
             values = tensor.contiguous()
             if values.numel():
-                with self.label_errors(where):
+                with self.label_errors(where, "all" if group is None else "team"):
                     dist.broadcast(bytes_of(values), source, group=group)
             if values is not tensor:
                 tensor.copy_(values)

@@ -68,6 +68,7 @@ def pack(
         },
         "transfers": [t.state_dict() for t in context.waiting],
         "last_sent": dict(context.last_sent),
+        "ever_sent": sorted(context.ever_sent),
         "memos": _copied(context.memory.packed_memos(changed)),
         "random": random,
         "workers": workers,
@@ -92,7 +93,7 @@ def apply(state: RunState, context: SyncContext) -> None:
     _check_parameters(state["outer"]["parameters"], outer.tensors)
     context.local_steps, context.step = state["local_steps"], state["local_steps"]
     context.outer_steps, context.last_sent = state["outer_steps"], dict(state["last_sent"])
-    context.origin = state["origin"]
+    context.ever_sent, context.origin = set(state["ever_sent"]), state["origin"]
     if context.interval != state["interval"]:  # rounds of the new length are counted from the last synchronisation
         synchronised = [at for stream, at in context.last_sent.items() if not stream.startswith("gradients")]
         context.origin = max(synchronised) if len(synchronised) == 1 else state["round_start"]
@@ -263,12 +264,15 @@ def _pack_ledger(ledger: Ledger) -> LedgerState:
         "what": [e.what for e in ledger.entries],
         "steps": torch.tensor([e.local_step for e in ledger.entries], dtype=torch.int64),
         "bytes": torch.tensor([e.payload_bytes for e in ledger.entries], dtype=torch.int64),
+        "participants": torch.tensor([e.participants for e in ledger.entries], dtype=torch.int64),
+        "dense": torch.tensor([e.dense_bytes for e in ledger.entries], dtype=torch.int64),
     }
 
 
 def _unpack_ledger(saved: LedgerState) -> Ledger:
-    rows = zip(saved["steps"].tolist(), saved["what"], saved["bytes"].tolist(), strict=True)
-    return Ledger([LedgerEntry(step, what, sent) for step, what, sent in rows])
+    columns = [saved[key].tolist() for key in ("bytes", "participants", "dense")]
+    rows = zip(saved["steps"].tolist(), saved["what"], *columns, strict=True)
+    return Ledger([LedgerEntry(*row) for row in rows])
 
 
 def _check_parameters(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:

@@ -38,6 +38,8 @@ from lightning_diloco.engine import checkpoint
 from lightning_diloco.engine.file_format import RunState
 from lightning_diloco.engine.progress import BatchProgress
 from lightning_diloco.engine.synchronisation import Synchronisation
+from lightning_diloco.engine.telemetry import Seen
+from lightning_diloco.engine.times import Stopwatch
 from lightning_diloco.engine.turns import Turns
 from lightning_diloco.engine.views import Views
 from lightning_diloco.state.checks import (
@@ -155,8 +157,12 @@ class Engine:
             in_turn=lambda: self.current_worker is not None,
         )
         self.progress = BatchProgress()
+        self.stopwatch = Stopwatch(lambda: self.world.waiting.seconds)
+        self.seen = Seen(self.local_workers)
         looks_at_gradients = type(algorithm).needs_gradients is not SyncAlgorithm.needs_gradients
-        self.turns = Turns(self.context, self._live_module, self.progress, not solo or looks_at_gradients)
+        self.turns = Turns(
+            self.context, self._live_module, self.progress, not solo or looks_at_gradients, self.stopwatch
+        )
         self._hooks: list[Any] = []
         self._watch_groups()
         algorithm.ctx = self.context
@@ -174,12 +180,21 @@ class Engine:
         """See :meth:`Turns.turn`."""
         return self.turns.turn(worker, keep_gradients)
 
+    def use_weights(self, weights: Mapping[int, float] | None) -> None:
+        """From now on workers have these weights in every mean for which the algorithm names none; None: equal ones."""
+        self.context.channel.weights = weights
+
     def before_inner_steps(self) -> None:
         """With ``algorithm.needs_gradients``: all backward passes are done, no worker has stepped yet."""
-        self._synchronisation.before_inner_steps()
+        with self.stopwatch.part("outer"):
+            self._synchronisation.before_inner_steps()
 
     def end_step(self) -> Sequence[OuterStepReport]:
         """After the turns: counts the local step if an optimizer stepped, and lets the algorithm synchronise."""
+        with self.stopwatch.part("outer"):
+            return self._end_step()
+
+    def _end_step(self) -> Sequence[OuterStepReport]:
         self.turns.end_batch()
         if not self._agreed_step():
             self.progress.forget()
@@ -256,6 +271,10 @@ class Engine:
         If the round is complete, buffers that changed since (in a pass that only measures BatchNorm statistics) are
         synchronised all the same.
         """
+        with self.stopwatch.part("outer"):
+            return self._flush()
+
+    def _flush(self) -> Sequence[OuterStepReport]:
         self.adopt_outside_changes()
         self._inner.adopt_outside_changes()
         try:
@@ -282,6 +301,7 @@ class Engine:
         self._inner.adopt_outside_changes()
         self._inner.activate_first()
         self.views.closed = True
+        self.stopwatch.stop()
         self.turns.close()
         for hook in self._hooks:
             hook.remove()
@@ -353,6 +373,7 @@ class Engine:
         changed = set() if self.views.open or self.finished else self._live_module.written().keys()
         state = checkpoint.pack(self.context, seed, random, self._with_pending, changed)
         state["buffers_at"] = self._synchronisation.buffers_at
+        state["samples"] = self.seen.samples(self.world)
         state["torn"] = self.progress.state_dict(self.local_steps, self.local_workers)
         return state
 
@@ -381,6 +402,7 @@ class Engine:
         self._live_module.set_plain_run(False)
         checkpoint.apply(state, self.context)
         self._synchronisation.buffers_at = state["buffers_at"]
+        self.seen.resume(state["samples"])
         self.progress.load_state_dict(state["torn"])
         self._inner.activate_first()
         self._live_module.publish(self._synchronisation.published())

@@ -12,11 +12,12 @@ from typing_extensions import NotRequired, TypedDict
 
 from lightning_diloco.comm.tensors import bitwise_equal
 
-VERSION = 2
+VERSION = 3
 _DAMAGED = "the file is damaged. Resume from another file."
 GROUPING = "parameters of the outer optimizer"  # the entry of a run's settings that maps each name to its group
 
 Packed = dict[str, Any]
+WEIGHTS = "weights"  # the entry that files from before this setting lack
 
 
 class StreamState(TypedDict):
@@ -67,6 +68,8 @@ class LedgerState(TypedDict):
     what: list[str]
     steps: Tensor
     bytes: Tensor
+    participants: Tensor
+    dense: Tensor  # bytes of the mean
 
 
 class LoaderState(TypedDict):
@@ -106,10 +109,12 @@ class RunState(TypedDict):
     outer: OuterState
     transfers: list[Packed]  # under way
     last_sent: dict[str, int]  # stream of transfers → local step
+    ever_sent: list[str]  # parameters whose weights, or Δ, workers have sent
     memos: dict[str, dict[str, Tensor]]
     random: StreamState  # process 0's own torch generators
     workers: dict[int, WorkerState]
     loader: LoaderState | None  # None: the user's loaders are served as they are
+    samples: int | None  # that all workers have trained on; None: unknown
     entries: dict[str, int]  # how many keys and items each of these had, at all levels
 
 
@@ -178,6 +183,7 @@ def check_settings(saved: Packed, given: Packed, source: str) -> None:
     Raises:
         ValueError: names those that differ, with both values.
     """
+    saved = {WEIGHTS: "uniform", **saved}
     both = {key: (saved.get(key), value) for key, value in given.items()}
     if GROUPING in given:  # of the parameters that were trainable at the start of both runs
         then, now = saved.get(GROUPING, {}), given[GROUPING]

@@ -8,15 +8,19 @@ nothing of Lightning.
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.context import SyncContext
+from lightning_diloco.algorithms.measuring import WHOLE
 from lightning_diloco.algorithms.report import OuterStepReport
 from lightning_diloco.algorithms.transfer import Transfer
 from lightning_diloco.comm.tensors import bitwise_equal
+from lightning_diloco.engine.telemetry import OuterStepMeter
 from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.policies import PolicyApplication
 from lightning_diloco.state.replicas import is_floating
@@ -41,6 +45,7 @@ class Synchronisation:
         self._context, self._algorithm, self._live = context, algorithm, live
         self.policies = policies
         self.buffers_at = 0
+        self._meter = OuterStepMeter(context.outer) if context.sender.diagnostics else None
         self._published = context.outer.versions
         self._theta_rests = True
         self._started = 0.0
@@ -58,8 +63,7 @@ class Synchronisation:
     def after_inner_steps(self) -> Sequence[OuterStepReport]:
         """After the turns of a local step, which has been counted."""
         ctx = self._context
-        ctx.step = ctx.local_steps
-        self._started, ctx.sender.seconds = time.perf_counter(), 0.0
+        self._begin()
         sent_before = dict(ctx.last_sent)
         self._algorithm.after_inner_step(ctx.step)
         silent = not ctx.taken and ctx.last_sent == sent_before
@@ -77,8 +81,7 @@ class Synchronisation:
     def flush(self, moved_late: bool) -> Sequence[OuterStepReport]:
         """The algorithm's last chance to send and take in; buffers that have changed are synchronised all the same."""
         ctx = self._context
-        ctx.step = ctx.local_steps
-        self._started, ctx.sender.seconds = time.perf_counter(), 0.0
+        self._begin()
         ctx.flush(self._algorithm.flush, moved_late)
         reports = self._conclude("flush")
         if not reports:
@@ -91,7 +94,7 @@ class Synchronisation:
                 f"The fit ends with the model that it began with: {type(self._algorithm).__name__} never moved θ in"
                 f" {ctx.step} local steps. Did nobody take part? An algorithm that has no use for θ says"
                 " `published = 'average'`.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return reports
 
@@ -102,6 +105,35 @@ class Synchronisation:
         return any(ctx.channel.world.gather_all(f"the end of training after {ctx.step} local steps", here))
 
     # ---------------------------------------------------------------------------------------- arrivals
+
+    def _begin(self) -> None:
+        ctx = self._context
+        ctx.step = ctx.local_steps
+        self._started, ctx.sender.seconds = time.perf_counter(), 0.0
+        if self._meter is not None:
+            self._meter.forget()
+
+    def _measured(self, transfer: Transfer) -> dict[str, Any]:
+        """What the report says of the arrival of a transfer besides its sending; nothing without diagnostics."""
+        if self._meter is None or not transfer.likeness:
+            return {}
+        # until θ is published, the live module's own tensors hold θ as it was before the step
+        shown = self._algorithm.published == "outer" and not self._live.is_plain_run
+        before = self._context.replicas.module_state.tensors if shown else None
+        layers = self._meter.layers(transfer, self._context.sender.meter.layers, before)
+        whole, sent = layers.pop(WHOLE), transfer.likeness[WHOLE]
+        return {
+            "cosine_weighted": sent["weighted"],
+            "norms": whole.norms,
+            "cosines_with_mean": whole.cosines_with_mean,
+            "cosine_matrix": None if sent["matrix"] is None else tuple(map(tuple, sent["matrix"])),
+            "norm_ratio": whole.norm_ratio,
+            "update_norm": whole.update_norm,
+            "outer_norm": whole.outer_norm,
+            "momentum_cosine": whole.momentum_cosine,
+            "outer_lr": _lr(self._context.outer.optimizer),
+            "layers": layers,
+        }
 
     def _conclude(self, kind: str) -> list[OuterStepReport]:
         ctx = self._context
@@ -118,6 +150,7 @@ class Synchronisation:
             began, sent_before = time.perf_counter(), ctx.ledger.total_bytes
             self._apply_policies(transfer, at_the_end=kind == "flush" and i == 0)
             ctx.outer_steps += 1
+            measured = self._measured(transfer)
             reports.append(
                 OuterStepReport(
                     step=ctx.step,
@@ -132,6 +165,7 @@ class Synchronisation:
                     sent_step=transfer.sent,
                     tag=transfer.tag,
                     names=len(transfer.names),
+                    **measured,
                 )
             )
         ctx.taken, ctx.merged = [], set()
@@ -193,3 +227,8 @@ class Synchronisation:
             theta = self._context.outer.tensors
             self._live.publish({n: theta[n] for n, version in versions.items() if version != self._published.get(n)})
         self._published = versions
+
+
+def _lr(optimizer: Optimizer) -> float | None:
+    lr = optimizer.param_groups[0].get("lr")
+    return None if lr is None else float(lr)

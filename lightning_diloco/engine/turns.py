@@ -32,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.engine.progress import BatchProgress
+from lightning_diloco.engine.times import Stopwatch
 from lightning_diloco.state.guard import AttributeGuard, StepGuard
 from lightning_diloco.state.live_module import LiveModule
 
@@ -45,14 +46,22 @@ class Turns:
         progress: how far the workers are within a batch.
         banks_gradients: keep gradients with the workers between their turns; a single worker needs that for algorithms
             that look at gradients only.
+        stopwatch: counts the time of turns.
 
     Attributes:
         current_worker: global id of the worker that is active, None between turns.
         finished: training is over: optimizers may step as they like.
     """
 
-    def __init__(self, context: SyncContext, live: LiveModule, progress: BatchProgress, banks_gradients: bool) -> None:
-        self._context, self._live, self._progress = context, live, progress
+    def __init__(
+        self,
+        context: SyncContext,
+        live: LiveModule,
+        progress: BatchProgress,
+        banks_gradients: bool,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self._context, self._live, self._progress, self._stopwatch = context, live, progress, stopwatch
         self._banks_gradients = banks_gradients
         self.current_worker: int | None = None
         self.finished = False
@@ -78,7 +87,10 @@ class Turns:
             raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
         self.current_worker = worker
         try:
-            with nullcontext() if self._live.is_plain_run else self._swapped_in(worker, keep_gradients):
+            with (
+                self._stopwatch.part("inner"),
+                nullcontext() if self._live.is_plain_run else self._swapped_in(worker, keep_gradients),
+            ):
                 yield
         finally:
             self.current_worker = None

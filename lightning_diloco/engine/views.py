@@ -53,14 +53,15 @@ class Views:
         self.outside_random: dict[str, Any] | None = None
 
     @contextmanager
-    def weights(self, which: int | EvalWeights) -> Iterator[None]:
+    def weights(self, which: int | EvalWeights, everywhere: bool = False) -> Iterator[None]:
         """Inside, a copy of the chosen weights and buffers is in the module; changes of the copy are dropped.
 
         Args:
             which: a worker's id, "average" (the mean of the replicas), "outer" (θ), or "worker" (worker 0).
+            everywhere: all processes call this together, and a worker may be hosted by any of them.
         """
         with torch.no_grad():
-            scratch = self._copy_of(which)
+            scratch = self._broadcast_of(which) if everywhere and isinstance(which, int) else self._copy_of(which)
             if not self._in_turn() and not self.open and not self.closed:
                 pending = self._live.pending(scratch)
                 scratch.copy_from(pending.tensors, pending.buffers)
@@ -102,6 +103,36 @@ class Views:
             self.outside_random = None
         self._live.end_evaluation(after, before)
 
+    @contextmanager
+    def further_evaluation(self, which: int | EvalWeights) -> Iterator[None]:
+        """Another set of weights in the module, for a validation run beside that of :meth:`evaluation`.
+
+        All processes call it together, since all of them evaluate the worker, whoever hosts it. Nothing that is changed
+        inside stays, and torch draws the same random numbers as in :meth:`evaluation`.
+
+        Args:
+            which: as in :meth:`weights`.
+
+        Raises:
+            RuntimeError: an inner optimizer has weights of its own for evaluation.
+        """
+        world, optimizer = self._context.channel.world, self._context.inner.with_modes()
+        if optimizer is not None:
+            raise RuntimeError(
+                f"`validate_on` (={which!r}) evaluates weights as they are, but {type(optimizer).__name__} computes its"
+                " evaluation weights in `eval()` from the optimizer's state, of which a validation has the mean over"
+                " the workers. Leave `validate_on` out; `eval_weights` decides about the weights of the validation."
+            )
+        stream = RandomStream(derive_seed(self._seed, "evaluation", self._context.local_steps), world.device)
+        self._live.search()
+        inner = self._context.inner
+        with (
+            stream.active() if self._context.num_workers > 1 else nullcontext(),
+            self.weights(which, everywhere=True),
+            nullcontext() if self._live.is_plain_run else inner.sandbox(self._context.channel),
+        ):
+            yield
+
     def state_dict(self, which: int | EvalWeights | None = None) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with detached copies of the chosen weights.
 
@@ -117,6 +148,23 @@ class Views:
     @property
     def _shows_eval_weights(self) -> bool:
         return self._live.is_plain_run and self._which != "outer"
+
+    def _broadcast_of(self, worker: int) -> ModelState:
+        """A copy of ``worker``'s replica, on every process."""
+        replicas, world, here = self._context.replicas, self._context.channel.world, self._context.local_workers
+        scratch = replicas.layout.copy_of(replicas.states[worker if worker in here else here[0]])
+        if world.size == 1:
+            return scratch
+        where = f"an evaluation of worker {worker} after {self._context.local_steps} local steps"
+        buffers = dict(scratch.named_buffers())
+        kinds = world.gather_all(where, [(key, tuple(b.shape), b.dtype) for key, b in buffers.items()])
+        if any(kind != kinds[0] for kind in kinds):
+            raise RuntimeError(
+                f"The workers have different buffers at {where}, so that one process can't evaluate another's worker."
+                " Give buffers the same names, shapes and dtypes in all workers, or leave `validate_on` out."
+            )
+        world.broadcast([*scratch.tensors.values(), *buffers.values()], world.host(worker), where)
+        return scratch
 
     def _copy_of(self, which: int | EvalWeights) -> ModelState:
         replicas, layout = self._context.replicas, self._context.replicas.layout

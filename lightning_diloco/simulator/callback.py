@@ -1,8 +1,13 @@
 """The callback that DilocoSimulator attaches: it calls the user's hooks, evaluates θ and writes checkpoint files.
 
+It also collects the history of the run, which comes back from processes that the run starts.
+
 Does not own the loss on a batch (``module.py``) nor the metrics (``metrics.py``).
 """
 
+import logging
+import math
+import multiprocessing
 import os
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +21,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
+from lightning_diloco.simulator.history import History
 from lightning_diloco.simulator.metrics import EvalStats, Evaluation, TrainStats, mean_metric
 from lightning_diloco.simulator.module import SimulatorModule, guarded
 from lightning_diloco.strategy import DilocoStrategy
@@ -33,6 +39,10 @@ class SimulatorCallback(L.Callback):
         save_dir: folder of the files; None: no files.
         cosine_anneal: whether the run has a schedule; a file of a run without a schedule can't be resumed with a
             schedule, nor the other way round.
+        quiet: no log lines of Lightning; in started processes this callback sees to it.
+
+    Attributes:
+        history: training and evaluations of the present or last fit; without outer steps.
     """
 
     def __init__(
@@ -44,7 +54,11 @@ class SimulatorCallback(L.Callback):
         ckpt_interval: int | None,
         save_dir: str | None,
         cosine_anneal: bool,
+        quiet: bool = False,
     ) -> None:
+        self.history = History()
+        self._quiet = quiet
+        self._local_losses: list[tuple[torch.Tensor, tuple[int, int, int, int]]] = []  # (sum, count) of each step
         self._cosine_anneal = cosine_anneal
         self._train_hook, self._eval_hook = train_hook, eval_hook
         self._eval_batches, self._eval_iters = batches, eval_iters
@@ -55,6 +69,19 @@ class SimulatorCallback(L.Callback):
         self._local_steps = self._epoch = 0  # as of the last local step
         self._loss: MeanMetric | None = None  # mean loss since the last local step
         self._step_of_last_end: int | None = None  # where the last pass over the data ended
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a spawned process this comes before Lightning's first log line."""
+        vars(self).update(state)
+        if self._quiet and multiprocessing.current_process().name != "MainProcess":
+            set_level(logging.ERROR)
+
+    def fit_results(self) -> History:
+        """What comes back from a started process; see ``_lightning/launching.py``."""
+        return self.history
+
+    def load_fit_results(self, data: History) -> None:
+        self.history = data
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -79,25 +106,28 @@ class SimulatorCallback(L.Callback):
         self._outer_steps_before = max(0, self._outer_steps - done)
         self._outer_steps = done + self._outer_steps_before
         self._local_steps = trainer.global_step
+        self.history, self._local_losses = History(), []
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._train_hook is not None:
-            # Lightning has divided the loss by accumulate_grad_batches. A process without a loss in this batch (its
-            # workers pause) must update the metric all the same, since compute() is a collective over all processes.
-            known = bool(outputs) and "loss" in outputs
-            zero = torch.zeros((), device=_strategy_of(trainer).root_device)
-            loss = outputs["loss"] * trainer.accumulate_grad_batches if known else zero
-            self._loss = self._loss or mean_metric(loss)
-            self._loss.update(loss, int(known))
+        # Lightning has divided the loss by accumulate_grad_batches. A process without a loss in this batch (its
+        # workers pause) must update the metric all the same, since compute() is a collective over all processes.
+        known = bool(outputs) and "loss" in outputs
+        zero = torch.zeros((), device=_strategy_of(trainer).root_device)
+        loss = outputs["loss"] * trainer.accumulate_grad_batches if known else zero
+        self._loss = self._loss or mean_metric(loss)
+        self._loss.update(loss, int(known))
         if trainer.global_step == self._local_steps:
             return  # gradients are accumulating: no local step yet
         self._local_steps, self._epoch = trainer.global_step, trainer.current_epoch
-        if self._train_hook is not None and self._loss is not None:
-            stats = TrainStats(float(self._loss.compute()), *self._where(trainer))  # over all processes
-            self._loss = None
+        metric, self._loss = self._loss, None
+        if self._train_hook is None:
+            self._local_losses.append((torch.stack((metric.mean_value, metric.weight)), self._where(trainer)))
+        else:
+            stats = TrainStats(float(metric.compute()), *self._where(trainer))  # over all processes
+            self.history.train.append(stats)
             _call(trainer, "train_loss_hook", self._train_hook, stats)
         self._after_outer_step(trainer, pl_module)
 
@@ -111,8 +141,20 @@ class SimulatorCallback(L.Callback):
             )
         self._step_of_last_end = trainer.global_step
 
+    def _average_losses(self, trainer: L.Trainer) -> None:
+        """Over all processes, once: a collective in every step would make them wait for each other."""
+        if self._local_losses:
+            sums = torch.stack([of_step for of_step, _ in self._local_losses])
+            totals = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+            steps = zip(totals, self._local_losses, strict=True)
+            self.history.train.extend(
+                TrainStats(total / count if count else math.nan, *where) for (total, count), (_, where) in steps
+            )
+            self._local_losses = []
+
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._average_losses(trainer)
         self._after_outer_step(trainer, pl_module)  # of the last, partial round
         if self._save_dir is not None:
             trainer.save_checkpoint(os.path.join(self._save_dir, "final.ckpt"))
@@ -134,8 +176,9 @@ class SimulatorCallback(L.Callback):
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=self._local_steps - 1)  # as Lightning numbers the step's own metrics
+            stats = EvalStats(loss, *self._where(trainer), accuracy, perplexity)
+            self.history.eval.append(stats)
             if self._eval_hook is not None:
-                stats = EvalStats(loss, *self._where(trainer), accuracy, perplexity)
                 _call(trainer, "eval_loss_hook", self._eval_hook, stats)
         if self._ckpt_interval is not None and now // self._ckpt_interval > before // self._ckpt_interval:
             assert self._save_dir is not None
@@ -164,6 +207,15 @@ class SimulatorCallback(L.Callback):
                 for m, training in modes.items():
                     m.training = training
         return evaluation.results()
+
+
+def set_level(*levels: int) -> list[int]:
+    """Sets the level of Lightning's loggers, or their levels; returns the former ones."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger, level in zip(loggers, levels * (len(loggers) // len(levels)), strict=True):
+        logger.setLevel(level)
+    return before
 
 
 def _call(trainer: L.Trainer, name: str, hook: Callable[[Any], None], stats: TrainStats) -> None:

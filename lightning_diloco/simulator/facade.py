@@ -6,10 +6,12 @@ Owns the simulator's arguments: their checks, and their translation into a Train
 
 import copy
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning as L
@@ -20,7 +22,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_diloco.arguments import as_integer, check_bool, check_count
-from lightning_diloco.simulator.callback import SimulatorCallback
+from lightning_diloco.simulator.callback import SimulatorCallback, set_level
+from lightning_diloco.simulator.history import History
 from lightning_diloco.simulator.metrics import EvalStats, TrainStats
 from lightning_diloco.simulator.module import SimulatorModule
 from lightning_diloco.strategy import DilocoStrategy
@@ -49,7 +52,8 @@ class DilocoSimulator:
     worker's short last batch of an epoch is kept. Data is loaded in the process itself.
 
     Args:
-        model_cls: class of the model.
+        model_cls: class of the model, or any callable that makes it: a function, a lambda, a partial. What a callable
+            other than a class returns is copied, since every run trains a new model.
         model_kwargs: arguments for ``model_cls``; default none.
         num_nodes: simulated workers N ≥ 1.
         diloco_interval: local steps H ≥ 1 between synchronisations.
@@ -82,6 +86,8 @@ class DilocoSimulator:
             contain the evaluated weights.
         trainer_kwargs: further arguments of Lightning's Trainer, for example ``callbacks`` (the same objects in every
             run, so they keep their state from run to run) or ``precision``.
+        quiet: no progress bar, no summaries and no log lines of Lightning (warnings and errors remain). In
+            ``trainer_kwargs`` single ones can be switched on again.
         seed: given to ``lightning.seed_everything`` before the model is built, so that runs repeat bit for bit. None:
             generators are used as they are found.
 
@@ -96,7 +102,7 @@ class DilocoSimulator:
 
     def __init__(
         self,
-        model_cls: type[nn.Module],
+        model_cls: Callable[..., nn.Module],
         model_kwargs: dict[str, Any] | None = None,
         *,
         num_nodes: int,
@@ -120,8 +126,9 @@ class DilocoSimulator:
         strategy_kwargs: dict[str, Any] | None = None,
         trainer_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
+        quiet: bool = False,
     ) -> None:
-        _check_class("model_cls", model_cls, nn.Module)
+        _check_maker(model_cls)
         _check_class("optimizer_cls", optimizer_cls, Optimizer)
         num_nodes = check_count("num_nodes", num_nodes, "simulated workers")
         diloco_interval = check_count("diloco_interval", diloco_interval, "local steps between outer steps")
@@ -133,6 +140,9 @@ class DilocoSimulator:
         if ckpt_interval is not None:
             ckpt_interval = check_count("ckpt_interval", ckpt_interval, "outer steps between checkpoints")
         cosine_anneal = check_bool("cosine_anneal", cosine_anneal)
+        quiet = check_bool("quiet", quiet)
+        if isinstance(loss_fn, type):
+            raise ValueError(f"`loss_fn` (={loss_fn!r}) is a class. Pass an instance: `{loss_fn.__name__}()`.")
         if not callable(loss_fn):
             raise ValueError(f"`loss_fn` (={loss_fn!r}) must be a callable `(model(x), y) -> loss`.")
         for name, hook in (("train_loss_hook", train_loss_hook), ("eval_loss_hook", eval_loss_hook)):
@@ -178,32 +188,37 @@ class DilocoSimulator:
         self._eval_iters, self._ckpt_interval = eval_iters, ckpt_interval
         self._save_dir = None if save_dir is None else _checked_folder("save_dir", save_dir)
         self._train_loss_hook, self._eval_loss_hook = train_loss_hook, eval_loss_hook
-        self._seed = seed
+        self._seed, self._quiet = seed, quiet
         self._run: tuple[SimulatorModule, L.Trainer, DilocoStrategy] | None = None
 
-    def train(self, ckpt_path: str | os.PathLike[str] | None = None) -> None:
+    def train(self, ckpt_path: str | os.PathLike[str] | None = None) -> History:
         """Trains a new model, or continues from a checkpoint file.
+
+        Returns:
+            Losses, evaluations and outer steps, also where the run has started processes of its own.
 
         Args:
             ckpt_path: a file written by an earlier run of the same model. With N ≥ 2 workers a resumed run equals the
                 uninterrupted run bit for bit, including the outer step on a partial round. A longer run (larger
                 ``num_epochs``) resumes ``final.ckpt`` with a new pass; a run of the same length has nothing left to do.
         """
-        with _seeded(self._seed):
-            self._fit(None if ckpt_path is None else os.fspath(ckpt_path))
+        with _seeded(self._seed), _silence() if self._quiet else nullcontext():
+            return self._fit(None if ckpt_path is None else os.fspath(ckpt_path))
 
-    def _fit(self, ckpt_path: str | None) -> None:
+    def _fit(self, ckpt_path: str | None) -> History:
         originals = {**self._model_kwargs, "": self._loss_fn}
         shared: dict[int, Any] = {}  # modules are copied: else the next run would start from this run's weights
         copies = {k: copy.deepcopy(v, shared) if isinstance(v, nn.Module) else v for k, v in originals.items()}
         loss_fn = copies.pop("")
-        model = self._model_cls(**copies)
+        model = _made(self._model_cls, copies)
         strategy = DilocoStrategy(**self._strategy_kwargs)
         cosine_steps = self.total if self._cosine_anneal else None
         module = self.module_cls(model, loss_fn, self._optimizer_cls, self._optimizer_kwargs, cosine_steps)
         given = self._trainer_kwargs.get("callbacks") or []
-        callbacks = [*(given if isinstance(given, (list, tuple)) else [given]), self._callback()]
-        options = {"devices": 1, "logger": False, **self._trainer_kwargs, "callbacks": callbacks}
+        callback = self._callback()
+        callbacks = [*(given if isinstance(given, (list, tuple)) else [given]), callback]
+        silent = {"enable_progress_bar": False, "enable_model_summary": False} if self._quiet else {}
+        options = {"devices": 1, "logger": False, **silent, **self._trainer_kwargs, "callbacks": callbacks}
         if not options.keys() & {"enable_progress_bar", "barebones"} and not any(
             isinstance(c, ProgressBar) for c in callbacks
         ):
@@ -220,6 +235,14 @@ class DilocoSimulator:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The 'train_dataloader' does not have many workers")  # it has no argument
             trainer.fit(module, loader, ckpt_path=ckpt_path)
+        return replace(callback.history, outer=strategy.reports)
+
+    def __repr__(self) -> str:
+        model = getattr(self._model_cls, "__name__", repr(self._model_cls))
+        samples = len(self._train_dataset)  # type: ignore[arg-type]
+        what = f"{model} on {samples:,} samples, batches of {self._batch_size:,}, {self.total:,} local steps"
+        strategy = DilocoStrategy(**self._strategy_kwargs) if self._run is None else self.strategy
+        return f"<{type(self).__name__} of {what}, {strategy!r}>"
 
     @property
     def model(self) -> nn.Module:
@@ -253,6 +276,7 @@ class DilocoSimulator:
             self._ckpt_interval,
             self._save_dir,
             self._cosine_anneal,
+            self._quiet,
         )
 
 
@@ -271,6 +295,38 @@ def _seeded(seed: int | None) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Lightning's loggers pass errors only; afterwards their levels are restored."""
+    before = set_level(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_level(*before)
+
+
+def _check_maker(model_cls: Any) -> None:
+    if isinstance(model_cls, nn.Module):
+        raise ValueError(
+            f"`model_cls` (={type(model_cls).__name__}(...)) is a model, and must be a callable that makes it. Pass its"
+            " class, or `lambda: model`, of which every run trains a copy."
+        )
+    if not callable(model_cls) or (isinstance(model_cls, type) and not issubclass(model_cls, nn.Module)):
+        raise ValueError(
+            f"`model_cls` (={model_cls!r}) must be a class derived from torch.nn.Module, or a callable that makes a"
+            " module."
+        )
+
+
+def _made(model_cls: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    model = model_cls(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model_cls` (={model_cls!r}) returned a {type(model).__name__}, but must make a torch.nn.Module."
+        )
+    return model if isinstance(model_cls, type) else copy.deepcopy(model)  # it may be the last run's
 
 
 def _check_class(name: str, cls: Any, base: type) -> None:
@@ -310,5 +366,6 @@ def _checked_kwargs(
     try:
         inspect.signature(cls).bind(*args, **given)
     except TypeError as error:
-        raise ValueError(f"`{name}` (={given!r}) doesn't fit {cls.__name__}: {error}.") from error
+        called = getattr(cls, "__name__", repr(cls))
+        raise ValueError(f"`{name}` (={given!r}) doesn't fit {called}: {error}.") from error
     return given

@@ -163,6 +163,10 @@ class InnerOptimizers:
             for holder, values in zip(self._controls, control, strict=True):
                 holder.write(values)
 
+    def with_modes(self) -> Any:
+        """An optimizer with separate weights for evaluation, like schedule-free ones; None if there is none."""
+        return next((optimizer for optimizer in self.live if _has_modes(optimizer)), None)
+
     @contextmanager
     def sandbox(self, channel: Channel) -> Iterator[None]:
         """For an evaluation: inside, the optimizers have copies of their state, which are dropped afterwards.

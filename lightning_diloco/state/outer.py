@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from lightning_diloco.comm.means import Differences
 from lightning_diloco.state.replicas import Layout, ModelState
 
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
 OuterFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -26,12 +28,16 @@ class Outer:
         layout: the module's layout.
         start: the values θ starts from; copied.
         factory: builds the outer optimizer from θ's trainable parameters, in the layout's order.
+
+    Attributes:
+        observer: is told Δ, and the optimizer's momenta by name, before the optimizer steps; None: nobody is.
     """
 
     def __init__(self, layout: Layout, start: ModelState, factory: OuterFactory) -> None:
         self.state = layout.copy_of(start)
         # the same storage: a step of the optimizer writes θ itself
         self.parameters = {n: nn.Parameter(t, requires_grad=False) for n, t in self.state.tensors.items()}
+        self.observer: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], None] | None = None
         self._trainable = layout.trainable
         for name in self._trainable:
             self.parameters[name].requires_grad_()
@@ -79,12 +85,26 @@ class Outer:
         if isinstance(delta, FromMeanOfWeights) and self.is_plain_average:
             self.assign(delta.take(names))
             return
+        if self.observer is not None:
+            names = list(names)
+            self.observer(delta, self._momenta(names))
         for name in names:
             p = self.parameters[name]
             p.grad = delta[name].to(p.dtype)  # means of half types are float32
         self.optimizer.step()
         for p in self.parameters.values():  # torch's optimizers skip parameters without a gradient in the next step
             p.grad = None
+
+    def _momenta(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Name → the momentum that torch's optimizers keep of a parameter, of those that have one."""
+        found = {}
+        for name in names:
+            state = self.optimizer.state.get(self.parameters[name], {})
+            for key in _MOMENTA:
+                if isinstance(state.get(key), Tensor) and state[key].shape == self.parameters[name].shape:
+                    found[name] = state[key]
+                    break
+        return found
 
     @property
     def versions(self) -> dict[str, tuple[int, ...]]:
