@@ -6,8 +6,9 @@ DiLoCo workers with rounds of H = 5, 20 and 100 local steps and three outer opti
 rate 0.7 and Nesterov momentum 0.9), the same with momentum 0.5, and a plain average. Within a seed all of them start
 from the same weights.
 
-Run ``python examples/compare.py --only digits --seeds 2`` for a first look. Everything takes some twenty minutes on two
-cores with ``--processes 2``. Finished runs stay in the folder: started again, the script goes on where it was.
+Needs the extras ``examples`` and ``compare``. Run ``python examples/compare.py --only digits --seeds 2`` for a first
+look. Everything takes some twenty minutes on two cores with ``--processes 2``. Finished runs stay in the folder:
+started again, the script goes on where it was.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def settings(steps: int) -> dict[str, Any]:
 
 TASKS = {
     "digits": Task(
-        "CNN on handwritten digits, 500 steps",
+        "CNN on handwritten digits",
         partial(DigitsCNN, lr=2e-3),
         partial(DigitsData, batch_size=8),
         settings(500),
@@ -61,7 +62,7 @@ TASKS = {
         "test loss",
     ),
     "byte_gpt": Task(
-        "byte GPT, 0.1 M parameters, 300 steps",
+        "byte GPT, 0.1 M parameters",
         partial(ByteGPT, layers=2, width=64, heads=4, context=64, lr=2e-3),
         partial(LibraryText, context=64, batch_size=4, megabytes=4.0),
         {**settings(300), "gradient_clip_val": 1.0},
@@ -104,25 +105,34 @@ def main(argv: list[str] | None = None) -> dict[str, Comparison]:
                 seeds=args.seeds,
                 processes=args.processes,
             )
-            print(f"\n{task.title}: {task.unit}\n\n{results[name].table(task.metric, against='data parallel')}\n")
-    draw(results, args.figure)
+            table = results[name].table(task.metric, against="data parallel")
+            print(f"\n{title(task, args.steps)}: {task.unit}\n\n{table}\n")
+    draw(results, args.figure, args.steps)
+    print(f"drawn into {args.figure}")
     return results
 
 
-def draw(results: dict[str, Comparison], file: Path) -> None:
+def title(task: Task, steps: int | None) -> str:
+    """What is trained, and for how many local steps."""
+    return f"{task.title}, {steps or task.trainer['max_steps']} steps"
+
+
+def draw(results: dict[str, Comparison], file: Path, steps: int | None) -> None:
     """Loss after training over bytes sent: a panel per task."""
     with plt.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "lightning_diloco"}):
-        size = (4.2 * len(results), 3.9)
+        wide = len(results) > 1
+        size = (4.2 * len(results), 3.9 if wide else 4.6)
         figure, axes = plt.subplots(1, len(results), figsize=size, squeeze=False, layout="constrained")
         for ax, (name, comparison) in zip(axes[0], results.items(), strict=True):
-            panel(ax, TASKS[name], comparison)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+            panel(ax, TASKS[name], comparison, title(TASKS[name], steps))
+        labels, columns = axes[0][0].get_legend_handles_labels(), 3 if wide else 1
+        figure.legend(*labels, loc="outside lower center", ncols=columns, frameon=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=150)
         plt.close(figure)
 
 
-def panel(ax: Any, task: Task, comparison: Comparison) -> None:
+def panel(ax: Any, task: Task, comparison: Comparison, title: str) -> None:
     """A point per run, mean ± standard deviation over the seeds; runs that send nothing are level lines."""
     last = comparison.data[comparison.data["final"]]
     runs = last.groupby("run", sort=False)
@@ -148,7 +158,7 @@ def panel(ax: Any, task: Task, comparison: Comparison) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("megabytes sent per worker")
     ax.set_ylabel(task.unit)
-    ax.set_title(task.title, fontsize=9)
+    ax.set_title(title, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
 

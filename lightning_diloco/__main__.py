@@ -1,11 +1,12 @@
-"""``python -m lightning_diloco``: a LightningCLI with DilocoStrategy at hand, and comparisons.
+"""``python -m lightning_diloco``: a LightningCLI with DilocoStrategy at hand, comparisons, and plans without a run.
 
-Owns the command line only; that of comparisons is in ``comparison/command.py``. Model and data are any LightningModule
-and LightningDataModule, named by class path::
+Owns the command line only; those of ``compare`` and ``plan`` are in ``comparison/`` and ``cluster/``. Model and data
+are any LightningModule and LightningDataModule, named by class path::
 
     python -m lightning_diloco fit --config examples/configs/digits.yaml --trainer.strategy.diloco_interval 20
     python -m lightning_diloco fit --trainer.strategy.help DilocoStrategy
     python -m lightning_diloco compare --config examples/configs/compare_digits.yaml
+    python -m lightning_diloco plan --parameters 1e9 --step-seconds 0.1 --bandwidth-gbit-s 1
 """
 
 import sys
@@ -14,26 +15,33 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_utilities.core.imports import RequirementCache
 
 import lightning_diloco  # noqa: F401 (registers the strategy)
+from lightning_diloco.cluster import command as plan
 from lightning_diloco.comparison import Comparison
 
 _REQUIREMENT = RequirementCache("jsonargparse[signatures]>=4.39")
 
 
-def main(args: list[str] | None = None) -> LightningCLI | Comparison:
-    """Runs the subcommand in ``args``: one of Lightning's, or ``compare``.
+def main(args: list[str] | None = None) -> LightningCLI | Comparison | None:
+    """Runs the subcommand in ``args``: one of Lightning's, ``compare`` or ``plan``.
 
     Args:
         args: what stands behind the program's name; None: the process's own arguments.
 
+    Returns:
+        Lightning's command line after it ran, or the comparison; None after ``plan``.
+
     Raises:
         SystemExit: the arguments don't fit, or jsonargparse is missing.
     """
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["plan"]:
+        plan.main(given[1:])
+        return None
     if not _REQUIREMENT:
         raise SystemExit(
             'The command line needs jsonargparse. Install it with: pip install "lightning-diloco[cli]"'
             f"\n({_REQUIREMENT})"
         )
-    given = sys.argv[1:] if args is None else args
     if given[:1] == ["compare"]:
         from lightning_diloco.comparison import command  # needs jsonargparse
 
@@ -44,9 +52,9 @@ def main(args: list[str] | None = None) -> LightningCLI | Comparison:
         parser_kwargs={
             "prog": "python -m lightning_diloco",
             "description": "Trains and evaluates any LightningModule on any LightningDataModule, named by class path:"
-            " Lightning's command line, with DilocoStrategy among the strategies. A further subcommand, `compare`,"
-            " trains several runs with several seeds and makes a table and a figure of them; see `python -m"
-            " lightning_diloco compare --help`.",
+            " Lightning's command line, with DilocoStrategy among the strategies. Two further subcommands:"
+            " `compare` trains several runs with several seeds and makes a table and a figure of them; `plan` says how"
+            " long a run would take, and which bandwidth it needs; see `python -m lightning_diloco compare --help`.",
             "fit": {
                 "description": "Trains a model, with N simulated DiLoCo workers under `--trainer.strategy"
                 " DilocoStrategy`; `--trainer.strategy.help DilocoStrategy` lists the strategy's arguments."

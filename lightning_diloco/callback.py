@@ -119,7 +119,7 @@ class DilocoCallback(Callback):
             raise ValueError(
                 f"`callback_metrics` (={callback_metrics!r}) must be a sequence of names out of {metrics.SCALARS}."
             )
-        self.per_worker = per_worker
+        self.per_worker = check_bool("per_worker", per_worker)
         self.callback_metrics = tuple(callback_metrics)
         self.validate_on = _checked_sets(validate_on)
         self.progress_bar = check_bool("progress_bar", progress_bar)
@@ -128,8 +128,9 @@ class DilocoCallback(Callback):
                 f"`announce_waiting` (={announce_waiting!r}) must be a number of seconds > 0, or None: never."
             )
         self.announce_waiting = announce_waiting
-        self.workers, self.layers, self.images, self.layout = workers, layers, images, layout
-        self.hyperparameters, self.axes = hyperparameters, axes
+        self.workers, self.layers = check_bool("workers", workers), check_bool("layers", layers)
+        self.images, self.layout = check_bool("images", images), check_bool("layout", layout)
+        self.hyperparameters, self.axes = check_bool("hyperparameters", hyperparameters), check_bool("axes", axes)
         self._has_layout: set[int] = set()  # ids of the loggers that have got one in this fit
         self.summary, self.hints = check_bool("summary", summary), check_bool("hints", hints)
 

@@ -282,9 +282,12 @@ class Fit:
     def _judge(self, report: OuterStepReport) -> None:
         """A hint about the outer momentum, once the reports show that it overshoots."""
         cosine, momentum = report.momentum_cosine, hints.momentum_of(self.engine.outer_optimizer)
-        if self._judged is not None and momentum and cosine is not None:
+        plan = self._judged
+        if plan is None or plan.rounds is None or plan.rounds > hints.MOST:
+            return
+        if momentum and cosine is not None:
             self._cosines.append(cosine)
-            if hints.overshoots(self._cosines, self._judged.progress(report.step)):
+            if hints.overshoots(self._cosines, plan.progress(report.step)):
                 hints.give(*hints.about_momentum(momentum, report.step, self._cosines))
 
     @property

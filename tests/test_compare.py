@@ -20,7 +20,7 @@ from comparisons import RUNS, TRAINER, Data, Drawn, Dying, Failing, Witness, dat
 from helpers import assert_same, differs, trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_diloco import DataParallel, Diloco, DilocoStrategy, StreamingDiloco
+from lightning_diloco import DataParallel, Diloco, DilocoCallback, DilocoStrategy, StreamingDiloco
 from lightning_diloco.comparison import Comparison, Run, comparing, grid
 from lightning_diloco.partitions import ByKey, ByLabel, Dirichlet
 
@@ -310,6 +310,23 @@ def test_names_of_runs_become_names_of_files() -> None:
     assert finished() == {"a%2Fb%3A 100 %25, seed 0.json", "H=2 (%CE%B8), seed 0.json"}
 
 
+def test_validations_on_further_weights_are_columns_and_plain_runs_have_none() -> None:
+    callback = DilocoCallback(validate_on=("outer", 0))
+    frame = quiet(runs={"a": DILOCO, "b": "plain"}, trainer={**TRAINER, "callbacks": [callback]}).data
+    further = ["val_loss/outer", "val_loss/worker_0"]
+    during = frame[(frame["run"] == "a") & ~frame["final"]]
+    assert during[further].notna().all(axis=None)
+    assert (during["val_loss/outer"] != during["val_loss/worker_0"]).all()
+    assert frame[(frame["run"] == "b") | frame["final"]][further].isna().all(axis=None)
+
+
+def test_another_lambda_is_another_factory() -> None:
+    quiet(runs={"a": "plain"}, module=lambda: Drawn(dropout=0.1))
+    quiet(runs={"a": "plain"}, module=lambda: Drawn(dropout=0.1))
+    with pytest.raises(ValueError, match="was finished with other settings: `module"):
+        quiet(runs={"a": "plain"}, module=lambda: Drawn(dropout=0.3))
+
+
 def test_a_damaged_file_is_named() -> None:
     quiet(runs={"a": "plain"})
     Path("comparison/runs/a, seed 0.json").write_text("{")
@@ -356,6 +373,7 @@ NEITHER = "must be 'plain', 'same samples', 'DataParallel', a dict with argument
         ({"runs": {"a": Run(DilocoStrategy())}}, r"A strategy object serves a single fit"),
         ({"runs": {"a": Run(trainer={"strategy": "ddp"})}}, r"`trainer` \(of the run 'a'\) has 'strategy' \(='ddp'\)"),
         ({"runs": {" ": "plain"}}, r"names must be strings with a visible character"),
+        ({"runs": {"θ" * 40: "plain"}}, r"which makes a file's name of 240 characters; at most 200 fit"),
         (
             {"runs": {"a": "same samples", "b": {"num_nodes": 2}, "c": {"num_nodes": 3}}},
             r"^`runs\['a'\]` \(='same samples'\) takes the number of workers from the other runs, which have 2 and 3\."

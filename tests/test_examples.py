@@ -62,7 +62,7 @@ def test_digits_prints_one_table_and_counts_bytes(tmp_path, capsys):
     for row in rows:
         tags = scalars(tmp_path / row.run / "seed 1").Tags()["scalars"]
         assert {"train_loss", "val_loss", "val_acc"} <= set(tags)
-        assert ("diloco/outer_step" in tags) == (row.run == "diloco")
+        assert ("diloco/drift" in tags) == (row.run == "diloco")
 
 
 @pytest.mark.slow
@@ -88,10 +88,10 @@ def test_byte_gpt_learns_and_counts_bytes(plain, tmp_path, capsys):
     assert result["bits_per_byte"] == pytest.approx(result["val_loss"] / math.log(2))
 
     events = scalars(tmp_path / ("plain" if plain else "diloco") / "seed 0")
-    assert ("diloco/outer_step" in events.Tags()["scalars"]) != plain
+    assert ("diloco/drift" in events.Tags()["scalars"]) != plain
     if not plain:
-        assert [e.value for e in events.Scalars("diloco/outer_step")] == [1, 2, 3]
-        assert events.Scalars("diloco/comm_bytes")[-1].value == result["bytes_sent_per_worker"]
+        assert len(events.Scalars("diloco/drift")) == 3
+        assert events.Scalars("diloco_by_bytes/train_loss")[-1].step == result["bytes_sent_per_worker"]
 
 
 TINY = {
@@ -151,8 +151,8 @@ def test_traffic_matches_the_closed_form_and_is_an_hth_of_ddps(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=200)
     assert done.returncode in (0, -signal.SIGABRT), done.stderr  # gloo's threads may abort it after its work
     rows = [line.split() for line in done.stdout.replace(",", "").splitlines()[1:4]]
-    for row, transfers, agreements in zip(rows, (40, 4, 4), (0.01, 0.01, 0.08), strict=True):
+    for row, transfers, agreements in zip(rows, (40, 4, 4), (0.01, 0.02, 0.2), strict=True):
         assert int(row[-4]) == transfers
         assert int(row[-2]) <= int(row[-3]) <= (1 + agreements) * int(row[-2])
-    assert float(rows[0][-1]) / float(rows[1][-1]) == pytest.approx(10, rel=0.02)
+    assert float(rows[0][-1]) / float(rows[1][-1]) == pytest.approx(10, rel=0.03)
     assert int(rows[1][-2]) / int(rows[2][-2]) == pytest.approx(8, rel=0.01)  # four bits

@@ -201,7 +201,7 @@ def test_the_commands_from_laptop_to_cluster(tmp_path: Path) -> None:
     def results(process: subprocess.Popen[str]) -> dict[str, float]:
         output, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-        rows = [line.split() for line in output.splitlines() if len(line.split()) == 2]
+        rows = re.findall(r"^(\w+) +([\d.,]+)$", output, re.MULTILINE)
         return {name: float(value.replace(",", "")) for name, value in rows if name != "seconds"}
 
     machines = [begin(cluster, NODE=str(rank), FIRST="127.0.0.1") for rank in range(2)]

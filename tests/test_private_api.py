@@ -60,6 +60,8 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
 
 
 LAYERS = """
+    cluster.inputs cluster.patterns cluster.cluster cluster.layer_model cluster.planning
+    cluster.calibration cluster.command cluster
     codecs.base codecs.levels codecs.moments codecs.packing codecs.identity codecs.cast codecs.int8 codecs.fp4
     codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.error_feedback codecs
     comm.tensors comm.means comm.statistics comm.likeness comm.ledger comm.waiting comm.watcher comm.world comm.payloads

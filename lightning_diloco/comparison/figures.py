@@ -47,7 +47,7 @@ def draw(frame: Any, y: str, x: X, runs: Sequence[str], ax: Any = None) -> Any:
             continue
         shown = at > 0 if x == "bytes" else at >= 0
         mean, sd, at = mean[shown], sd[shown], at[shown]
-        ax.plot(at.to_numpy(), mean.to_numpy(), label=name, lw=1.5, **look)
+        ax.plot(at.to_numpy(), mean.to_numpy(), label=name, lw=1.5, marker="o", ms=3, **look)  # one point is seen, too
         lower, upper = (mean - sd).to_numpy(), (mean + sd).to_numpy()
         ax.fill_between(at.to_numpy(), lower, upper, color=look["color"], alpha=0.15, lw=0)
     if x == "bytes":

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from lightning_diloco.comparison.recording import Row
+from lightning_diloco.comparison.runs import file_name
 from lightning_diloco.comparison.training import Task
 
 _FORMAT = 1
@@ -33,7 +33,7 @@ class Folder:
 
     def file(self, task: Task) -> Path:
         """Where the rows of a run are, once it is finished."""
-        return self.path / "runs" / f"{quote(task.name, safe=' ,=+()')}, seed {task.seed}.json"
+        return self.path / "runs" / f"{file_name(task.name)}, seed {task.seed}.json"
 
     def save(self, task: Task, rows: Sequence[Row]) -> None:
         """Writes a finished run."""

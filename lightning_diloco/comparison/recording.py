@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
+from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.strategy import DilocoStrategy
 
 Row = dict[str, Any]
@@ -71,7 +72,8 @@ class Recorder(L.Callback):
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._pause(trainer)
-        self.logger.values = {}
+        further = _suffixes(trainer) if trainer.state.fn == TrainerFn.FITTING else ()  # these have just been run
+        self.logger.values = {k: v for k, v in self.logger.values.items() if further and k.endswith(further)}
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -138,6 +140,13 @@ class _Metrics(Logger):
     @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def _suffixes(trainer: L.Trainer) -> tuple[str, ...]:
+    """Ends of the keys of validations on further sets of weights."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    sets = [which for c in callbacks if isinstance(c, DilocoCallback) for which in c.validate_on]
+    return tuple(f"/{which}" if isinstance(which, str) else f"/worker_{which}" for which in sets)
 
 
 def _samples_in(batch: Any) -> float:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ _FORMS = (
     f"'{PLAIN}', '{SAME_SAMPLES}', '{DATA_PARALLEL}', a dict with arguments of DilocoStrategy, or a"
     " lightning_diloco.comparison.Run"
 )
+_LONGEST = 200  # characters of a name of a file, of 255 that file systems allow, with seed and ending
 Arguments = Mapping[str, Any]
 
 
@@ -70,6 +72,11 @@ def workers_and_interval(run: Run) -> tuple[int, int | None]:
     return settings.num_workers, None if isinstance(settings.algorithm, DataParallel) else settings.interval
 
 
+def file_name(name: str) -> str:
+    """The name of a run as it stands in names of files."""
+    return quote(name, safe=" ,=+()")
+
+
 def checked_runs(runs: Any) -> dict[str, Run]:
     """The runs by name, with short forms written out, each tried once.
 
@@ -82,6 +89,11 @@ def checked_runs(runs: Any) -> dict[str, Run]:
     for name, spec in runs.items():
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"`runs` has the name {name!r}; names must be strings with a visible character.")
+        if len(file_name(name)) > _LONGEST:
+            raise ValueError(
+                f"`runs` has the name {name!r}, which makes a file's name of {len(file_name(name))} characters; at most"
+                f" {_LONGEST} fit."
+            )
         if not isinstance(spec, (Run, Mapping)) and spec not in (PLAIN, SAME_SAMPLES, DATA_PARALLEL):
             raise ValueError(f"`runs[{name!r}]` (={spec!r}) must be {_FORMS}.")
         if isinstance(spec, Mapping):

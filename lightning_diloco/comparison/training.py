@@ -10,6 +10,7 @@ Owns the conditions that all runs share. A run is what this script would do, wit
 """
 
 import copy
+import hashlib
 import logging
 import os
 import warnings
@@ -49,7 +50,7 @@ class Task:
         data: makes a LightningDataModule, or a pair of loaders for training and validation.
         trainer: arguments of the Trainer, or a callable that makes them.
         settings: all that decides the run's numbers but the seed, as plain values. Functions and classes count by their
-            names.
+            names, lambdas by their code.
     """
 
     name: str
@@ -63,9 +64,9 @@ class Task:
     def __post_init__(self) -> None:
         run, trainer = self.run.plain(), self.trainer
         settings = {
-            "module": plain_value(self.module),
+            "module": _factory(self.module),
             "arguments of module": run["module"],
-            "data": plain_value(self.data),
+            "data": _factory(self.data),
             "arguments of data": run["data"],
             "strategy": run["strategy"],
             "times": run["times"],
@@ -74,6 +75,14 @@ class Task:
         if callable(trainer):
             settings["trainer of the run"] = run["trainer"]
         object.__setattr__(self, "settings", settings)
+
+
+def _factory(factory: Any) -> Any:
+    code = getattr(factory, "__code__", None)
+    if code is None or factory.__name__ != "<lambda>":
+        return plain_value(factory)
+    parts = repr((code.co_code, code.co_names, [c for c in code.co_consts if not hasattr(c, "co_code")]))
+    return f"{plain_value(factory)} {hashlib.sha256(parts.encode()).hexdigest()[:16]}"
 
 
 def train(task: Task, progress: Callable[[float], None]) -> list[Row]:
@@ -146,6 +155,7 @@ def _arguments(task: Task, recorder: Recorder) -> dict[str, Any]:
     arguments["callbacks"] = [*([callbacks] if isinstance(callbacks, L.Callback) else callbacks), recorder]
     strategy = task.run.make_strategy()
     if strategy is None:
+        arguments["callbacks"] = [c for c in arguments["callbacks"] if not isinstance(c, DilocoCallback)]
         return arguments
     if not any(isinstance(callback, DilocoCallback) for callback in arguments["callbacks"]):
         arguments["callbacks"].append(DilocoCallback(summary=False, hints=False, progress_bar=False))

@@ -15,6 +15,7 @@ from lightning_diloco.reporting.plan import Plan
 BOUND = 0.3  # of the cosine of Δ with the outer momentum
 SHARE = 0.4  # of a run's rounds; with more of them below BOUND, runs of the table ended worse than a plain average
 LEAST = 3  # rounds
+MOST = 20  # rounds of the longest runs of the table; of longer ones the rule says nothing
 _given: set[str] = set()  # names of the hints that this process has given
 
 
@@ -36,12 +37,12 @@ def momentum_of(optimizer: Optimizer) -> float:
     return max(float(group["momentum"]) for group in optimizer.param_groups)
 
 
-def overshoots(cosines: Sequence[float], progress: float = 1.0) -> bool:
+def overshoots(cosines: Sequence[float], progress: float) -> bool:
     """Whether the outer momentum carries θ past the point that the workers aim at, for too large a part of the run.
 
     Args:
         cosines: of Δ with the outer momentum before the step, of the rounds so far that had a momentum.
-        progress: part of the run that is done, from 0 to 1; 1 if nobody knows: the run is judged by what is done.
+        progress: part of the run that is done, from 0 to 1.
     """
     return len(cosines) >= LEAST and _low(cosines) * progress > SHARE * len(cosines)
 
@@ -55,9 +56,9 @@ def about_momentum(momentum: float, step: int, cosines: Sequence[float]) -> tupl
     return (
         "momentum",
         f"the outer momentum of {momentum:g} overshoots: until local step {step} the mean pseudo-gradient had a cosine"
-        f" below {BOUND} with it at {_low(cosines)} of {len(cosines)} outer steps. Most short runs like that ended"
-        " worse than with a plain average. Compare with `outer_optimizer_kwargs={'lr': 0.7, 'momentum': 0.5,"
-        " 'nesterov': True}` and with the plain average, `{'lr': 1.0}`.",
+        f" below {BOUND} with it at {_low(cosines)} of {len(cosines)} outer steps. Short runs like that often ended"
+        " worse than with a smaller momentum, or with a plain average. Compare with `outer_optimizer_kwargs={'lr': 0.7,"
+        " 'momentum': 0.5, 'nesterov': True}` and with `{'lr': 1.0}`.",
     )
 
 
@@ -75,7 +76,7 @@ def about_run(plan: Plan, has_rounds: bool = True) -> Iterator[tuple[str, str]]:
         yield (
             "no round",
             f"`diloco_interval` (={h}) is larger than the run of {steps} local steps: the workers synchronise {sends}."
-            f" Choose a smaller one, for example {max(1, steps // 20)}, or train longer.",
+            f" Choose a smaller one, for example {max(2, steps // 10)}, or train longer.",
         )
     if plan.repeated is not None:
         worker, samples, longest = plan.repeated

@@ -57,8 +57,9 @@ class Plan:
         return 0 if self.steps is None else (self.steps - self.origin) % self.interval
 
     def progress(self, step: int) -> float:
-        """Part of this fit's local steps that is done after local step ``step``, from 0 to 1; 1 if nobody knows."""
-        return 1.0 if self.steps is None else (step - self.done) / max(1, self.steps - self.done)
+        """Part of this fit's local steps that is done after local step ``step``, from 0 to 1; their number is known."""
+        assert self.steps is not None
+        return (step - self.done) / max(1, self.steps - self.done)
 
     @property
     def synchronisations(self) -> int | None:
