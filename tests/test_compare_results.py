@@ -226,6 +226,11 @@ def test_yaml_makes_the_same_numbers_table_and_figure(capsys: Any) -> None:
     assert written["runs"]["average, H=5"]["strategy"] == str(strategy)
 
 
+def test_numbers_of_the_command_line_are_those_of_yaml() -> None:
+    run(CONFIG, "--trainer.max_steps=4", "--trainer.val_check_interval=2")
+    run({**CONFIG, "trainer": {**CONFIG["trainer"], "max_steps": 4, "val_check_interval": 2}})  # the same runs
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 def test_yaml_with_several_processes() -> None:

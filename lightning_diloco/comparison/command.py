@@ -7,6 +7,7 @@ and arguments; each run makes them afresh from there.
 import argparse
 import copy
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,8 +144,16 @@ def _parser() -> ArgumentParser:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A part of the configuration as a dict of plain values."""
-    return dict(config.as_dict() if isinstance(config, Namespace) else config)
+    """A part of the configuration as a dict of plain values; the command line gives numbers as strings."""
+    values = dict(config.as_dict() if isinstance(config, Namespace) else config)
+    return {name: _parsed(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _runs(given: Mapping[str, Any]) -> dict[str, Any]:

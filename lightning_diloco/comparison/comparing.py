@@ -41,7 +41,8 @@ def compare(
     in the same order. (Runs of one worker shuffle with torch's generator, as a plain Trainer does: their first epochs
     are the same.) A run does what a script does that calls ``L.seed_everything(seed)``, makes module and data, calls
     ``trainer.fit`` and then ``trainer.validate``, with the same numbers, bit for bit. Lightning's output is off, unless
-    ``trainer`` says otherwise, and this process's random generators are left as they were.
+    ``trainer`` says otherwise, and so are this package's lines and hints, unless it has a DilocoCallback. This
+    process's random generators are left as they were.
 
     A finished run is on disk at once. The same call after an interruption loads the finished runs and trains the others
     from their beginning; a call with further runs or seeds adds them. A run whose settings differ from those in the
