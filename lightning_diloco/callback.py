@@ -249,6 +249,11 @@ def _total_bytes(trainer: Trainer) -> int:
     return total
 
 
+def suffix_of(which: int | str) -> str:
+    """The end of the keys of validations on a further set of weights; see ``validate_on``."""
+    return f"/{which}" if isinstance(which, str) else f"/worker_{which}"
+
+
 def _checked_sets(validate_on: Any) -> tuple[int | Literal["outer", "average"], ...]:
     sets = [] if isinstance(validate_on, str) or not isinstance(validate_on, Sequence) else list(validate_on)
     sets = [which if isinstance(which, str) else as_integer(which) for which in sets]

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.trainer_state import logging_step
+from lightning_diloco.callback import suffix_of
 from lightning_diloco.fit import Fit
 
 
@@ -47,7 +48,7 @@ class SuffixedResults(_ResultCollection):
 def run_further_validations(loop: _EvaluationLoop, fit: Fit) -> None:
     """Runs the validation on every set of ``fit.validate_on``; the ordinary run follows."""
     for which in fit.validate_on:
-        suffix = f"/{which}" if isinstance(which, str) else f"/worker_{which}"
+        suffix = suffix_of(which)
         # the copies of weights are ordinary tensors, in which a module may write whatever it likes
         with isolate_rng(), fit.further_evaluation(which):
             loop.setup_data()  # does nothing when the ordinary run does it again

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
-from lightning_diloco.callback import DilocoCallback
+from lightning_diloco.callback import DilocoCallback, suffix_of
 from lightning_diloco.strategy import DilocoStrategy
 
 Row = dict[str, Any]
@@ -145,8 +145,7 @@ class _Metrics(Logger):
 def _suffixes(trainer: L.Trainer) -> tuple[str, ...]:
     """Ends of the keys of validations on further sets of weights."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    sets = [which for c in callbacks if isinstance(c, DilocoCallback) for which in c.validate_on]
-    return tuple(f"/{which}" if isinstance(which, str) else f"/worker_{which}" for which in sets)
+    return tuple(suffix_of(which) for c in callbacks if isinstance(c, DilocoCallback) for which in c.validate_on)
 
 
 def _samples_in(batch: Any) -> float:

@@ -12,7 +12,6 @@ Owns the conditions that all runs share. A run is what this script would do, wit
 import copy
 import hashlib
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from lightning_diloco.arguments import as_integer, plain_value
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comparison.recording import COLUMNS, Recorder, Row
 from lightning_diloco.comparison.runs import Arguments, Run, workers_and_interval
+from lightning_diloco.state.randomness import seed_variables_kept
 
 QUIET: Arguments = {
     "logger": None,
@@ -95,7 +95,7 @@ def train(task: Task, progress: Callable[[float], None]) -> list[Row]:
     Returns:
         The rows of :class:`~lightning_diloco.comparison.recording.Recorder`.
     """
-    with isolate_rng(), _environment_kept(), _without_noise():
+    with isolate_rng(), seed_variables_kept(), _without_noise():
         L.seed_everything(task.seed, verbose=False)
         module = task.module(**copy.deepcopy(dict(task.run.module)))
         if not isinstance(module, L.LightningModule):
@@ -172,21 +172,6 @@ def _loaders(data: Any) -> Callable[[str | None, str], dict[str, Any]]:
         "`data` must return a LightningDataModule, or a pair of loaders for training and validation; it returned"
         f" {data!r}."
     )
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Takes back the seed that Lightning writes into the environment."""
-    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lightning_diloco.simulator.callback import SimulatorCallback, set_level
 from lightning_diloco.simulator.history import History
 from lightning_diloco.simulator.metrics import EvalStats, TrainStats
 from lightning_diloco.simulator.module import SimulatorModule
+from lightning_diloco.state.randomness import seed_variables_kept
 from lightning_diloco.strategy import DilocoStrategy
 
 _STRATEGY_ARGUMENTS = ("num_nodes", "diloco_interval", "outer_optimizer_cls", "outer_optimizer_kwargs")
@@ -202,7 +203,9 @@ class DilocoSimulator:
                 uninterrupted run bit for bit, including the outer step on a partial round. A longer run (larger
                 ``num_epochs``) resumes ``final.ckpt`` with a new pass; a run of the same length has nothing left to do.
         """
-        with _seeded(self._seed), _silence() if self._quiet else nullcontext():
+        with seed_variables_kept(), _silence() if self._quiet else nullcontext():
+            if self._seed is not None:
+                L.seed_everything(self._seed, verbose=False)
             return self._fit(None if ckpt_path is None else os.fspath(ckpt_path))
 
     def _fit(self, ckpt_path: str | None) -> History:
@@ -278,23 +281,6 @@ class DilocoSimulator:
             self._cosine_anneal,
             self._quiet,
         )
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seeds torch, NumPy, Python and Lightning; after the block Lightning's environment variables are restored."""
-    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    before = {name: os.environ.get(name) for name in names}
-    if seed is not None:
-        L.seed_everything(seed, verbose=False)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

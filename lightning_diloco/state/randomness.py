@@ -18,6 +18,21 @@ def run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) & (2**63 - 1)
 
 
+@contextmanager
+def seed_variables_kept() -> Iterator[None]:
+    """After the block the environment variables that ``seed_everything`` writes are as they were."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part, so that streams with different parts are unrelated.
 
