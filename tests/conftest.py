@@ -9,8 +9,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-for name in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,8 +21,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
-    """Each test starts from the same seed, writes into its own folder, and leaves no trace in the environment."""
+    """Each test starts from the same seed, writes into its own folder, and leaves no trace in the environment.
+
+    Lightning's loggers have the level that they have after an import: a script's ``main`` may have silenced them.
+    """
     monkeypatch.chdir(tmp_path)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.INFO)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)

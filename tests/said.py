@@ -1,4 +1,4 @@
-"""What Lightning's log says during a test, which ``conftest.py`` silences otherwise."""
+"""What the package says through Lightning's log during a test."""
 
 import logging
 from collections.abc import Iterator

@@ -27,6 +27,11 @@ from lightning_diloco.partitions import ByKey, ByLabel, Dirichlet
 DILOCO = {"num_nodes": 2, "diloco_interval": 4}
 
 
+@pytest.fixture(autouse=True)
+def _started_scripts_find_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
 def assert_equal_but_for_time(a: Comparison, b: Comparison) -> None:
     """Bit for bit."""
     frames = [comparison.data.drop(columns="seconds") for comparison in (a, b)]

@@ -224,7 +224,7 @@ if __name__ == "__main__":
 def _script(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(SCRIPT)
     return subprocess.run(
-        [sys.executable, "script.py", *args], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "script.py", *args], cwd=folder, capture_output=True, text=True, timeout=400, check=False
     )
 
 
@@ -232,7 +232,7 @@ def _script(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["popen", "fork"])
 def test_a_script_with_a_progress_bar(start_method: str, tmp_path: Path) -> None:
-    ended = _script(tmp_path, start_method, "4", "60")
+    ended = _script(tmp_path, start_method, "4", "300")
     assert ended.returncode == 0, ended.stderr
     found = re.findall(r"waiting for .*", ended.stdout + ended.stderr)
     found = [line for line in found if "synchronisation" in line]  # processes may start at different times
