@@ -222,8 +222,10 @@ def test_several_processes_give_the_same_numbers_and_outlive_a_killed_one() -> N
 
 
 SLOW = """
+import signal
 from comparisons import Slow, quiet
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     quiet(Slow, seeds=4, runs={"one worker": "plain"}, processes=2)
 """
 
@@ -238,7 +240,10 @@ def test_no_process_outlives_the_one_that_started_it(how: signal.Signals) -> Non
         assert started.poll() is None
         time.sleep(0.05)
     started.send_signal(how)
-    assert started.wait(30) != 0
+    try:
+        assert started.wait(60) != 0
+    finally:
+        started.kill()
     deadline = time.monotonic() + 20
     for pid in (int(path.name.split()[1]) for path in found):
         while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
