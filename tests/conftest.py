@@ -31,7 +31,9 @@ def _isolated(tmp_path, monkeypatch):
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.delenv(name, raising=False)
     torch.manual_seed(0)
+    before = dict(os.environ)
     yield
     torch.set_default_dtype(torch.float32)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)
+    for name in os.environ.keys() - before.keys():  # Lightning's launchers set ranks and addresses
+        del os.environ[name]
+    os.environ.update(before)
