@@ -20,8 +20,9 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_diloco.algorithms import Participation, SyncAlgorithm
+from lightning_diloco.cluster.cluster import Cluster
 from lightning_diloco.codecs import Codec
-from lightning_diloco.engine.file_format import GROUPING, WEIGHTS
+from lightning_diloco.engine.file_format import AVAILABILITY, GROUPING, WEIGHTS
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
 Reduction = Literal["auto", "ordered", "all_reduce"]
@@ -83,8 +84,9 @@ def configured(
     codec: Codec | None,
     participation: Participation | None,
     weights: str,
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
-    """What a run must be resumed with, as plain values: algorithm, outer optimizer, codec, participation, weights.
+    """What a run must be resumed with, as plain values: all that decides its numbers, of these arguments.
 
     The outer optimizer's arguments include its defaults, so that naming a default makes no difference.
     """
@@ -98,6 +100,7 @@ def configured(
         "codec": plain_value(codec or algorithm.codec),
         "participation": plain_value(participation),
         WEIGHTS: weights,
+        AVAILABILITY: str(None if cluster is None else cluster.availability),
     }
 
 
@@ -124,7 +127,8 @@ def logged_settings(settings: Mapping[str, Any], partition: Any) -> dict[str, fl
         "partition": str(plain_value(partition)),
     }
     # under a name that comes late in the alphabet: TensorBoard shows the first five columns
-    others = {
+    settings = {name: value for name, value in settings.items() if name != AVAILABILITY}  # it is in the cluster's
+    others = {"policies/cluster": str(settings.get("cluster"))} | {
         f"policies/{name}": str(value) if isinstance(value, bool) else value
         for name, value in settings.items()
         if name not in main and isinstance(value, (bool, int, float, str))

@@ -40,6 +40,14 @@ class DilocoCallback(Callback):
     ``diloco/samples``                         samples that all workers have trained on so far; not in TensorBoard
     ``diloco/comm_bytes``                      payload bytes that a worker has sent so far, in one direction: the
                                                ledger's total; not in TensorBoard
+    ``diloco/simulated_seconds``               with a ``cluster``: seconds that the run has taken on it so far; not in
+                                               TensorBoard
+    ``diloco/compute_utilisation``             with a ``cluster``: the fraction of them that its workers have computed
+    ``diloco/alive``                           with a ``cluster``: workers that were there when the transfer was sent
+    ``diloco/participating``                   with a ``cluster``: of them those that took part in it
+    ``diloco/committed``                       with a ``cluster``: of them those whose part is in the mean
+    ``diloco/lost_steps``                      with a ``cluster``: local steps so far that never reached the others
+    ``diloco/join_bytes``                      with a ``cluster``: bytes that joining workers have received so far
     ``diloco_workers/drift/worker_0``          of every worker: ‖θ_i − θ‖ / ‖θ‖
     ``diloco_workers/norm/worker_0``           of every participant: ‖Δ_i‖
     ``diloco_workers/cosine_with_mean/…``      of every participant: cosine of Δ_i with Δ
@@ -114,11 +122,10 @@ class DilocoCallback(Callback):
         summary: bool = True,
         hints: bool = True,
     ) -> None:
-        unknown = [key for key in callback_metrics if key not in metrics.SCALARS]
+        names = (*metrics.SCALARS, *metrics.OF_CLUSTER)
+        unknown = [key for key in callback_metrics if key not in names]
         if unknown or isinstance(callback_metrics, str):
-            raise ValueError(
-                f"`callback_metrics` (={callback_metrics!r}) must be a sequence of names out of {metrics.SCALARS}."
-            )
+            raise ValueError(f"`callback_metrics` (={callback_metrics!r}) must be a sequence of names out of {names}.")
         self.per_worker = check_bool("per_worker", per_worker)
         self.callback_metrics = tuple(callback_metrics)
         self.validate_on = _checked_sets(validate_on)

@@ -18,6 +18,9 @@ from lightning_diloco.algorithms import OuterStepReport, Participation, SyncAlgo
 from lightning_diloco.algorithms.deltas import PseudoGradients
 from lightning_diloco.arguments import configured_groups
 from lightning_diloco.callback import DilocoCallback
+from lightning_diloco.cluster.clock import Clock
+from lightning_diloco.cluster.cluster import Cluster
+from lightning_diloco.cluster.tally import Tally
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.comm.team import TeamGradients
@@ -46,8 +49,8 @@ class RunSettings:
     Attributes:
         codec: None: the algorithm's own.
         weights: of the workers in means.
-        configured: algorithm, outer optimizer, codec, participation and weights as plain values, which a resumed run
-            must share with its file.
+        configured: algorithm, outer optimizer, codec, participation, weights and availability as plain values, which a
+            resumed run must share with its file.
     """
 
     num_workers: int
@@ -59,6 +62,7 @@ class RunSettings:
     partition: Partition | None
     codec: Codec | None
     participation: Participation | None
+    cluster: Cluster | None
     diagnostics: bool
     weights: Weights
     configured: dict[str, Any]
@@ -97,6 +101,8 @@ class FitResults:
 
     Attributes:
         ledger: None: the training loop has not begun.
+        clock: of the simulated cluster; None: there is none, or the training loop has not begun.
+        tally: who took part; None as ``clock``.
     """
 
     local_steps: int = 0
@@ -104,6 +110,8 @@ class FitResults:
     reports: list[OuterStepReport] = field(default_factory=list)
     ledger: Ledger | None = None
     times: Times = field(default_factory=Times)
+    clock: Clock | None = None
+    tally: Tally | None = None
 
 
 @dataclass
@@ -165,8 +173,11 @@ class Fit:
         if self.started is None:
             return FitResults()
         engine = self.started
-        ledger, times = engine.context.ledger, engine.stopwatch.times
-        return FitResults(engine.local_steps, engine.outer_steps, self.reports, ledger, times)
+        context, times = engine.context, engine.stopwatch.times
+        machines = context.machines
+        tally = None if machines.clock is None else machines.tally
+        counts = engine.local_steps, engine.outer_steps
+        return FitResults(*counts, self.reports, context.ledger, times, machines.clock, tally)
 
     @property
     def reporters(self) -> list[DilocoCallback]:
@@ -189,7 +200,7 @@ class Fit:
 
     def set_up(self, optimizers: Sequence[Any]) -> None:
         """``configure_optimizers`` has been called: ``inner_state="reset"`` goes back to the present state."""
-        if type(self.settings.algorithm).needs_gradients is not SyncAlgorithm.needs_gradients:
+        if self.settings.algorithm.looks_at_gradients:
             _check_needs_gradients(self.settings.algorithm, self.trainer)
         self._initial_state = [copy_state(o.state) for o in flatten_optimizers(optimizers)]
 
@@ -233,6 +244,7 @@ class Fit:
             policies=settings.policies,
             codec=settings.codec,
             participation=settings.participation,
+            cluster=settings.cluster,
             diagnostics=settings.diagnostics,
             seed=self._seed,
             scaler_owner=None if scaler is None else strategy.precision_plugin,  # type: ignore[arg-type]
@@ -272,7 +284,7 @@ class Fit:
         algorithm = self.settings.algorithm
         fast: bool = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.gives_hints and self.settings.num_workers > 1 and not fast:
-            has_rounds = type(algorithm).needs_gradients is SyncAlgorithm.needs_gradients
+            has_rounds = not algorithm.looks_at_gradients
             for name, text in hints.about_run(plan, has_rounds):
                 hints.give(name, text)
             self._judged = plan if algorithm.outer_defaults is not None else None
@@ -484,6 +496,12 @@ def _check_needs_gradients(algorithm: SyncAlgorithm, trainer: Trainer) -> None:
             f"{name} changes gradients before the inner step, which needs automatic optimization;"
             f" {type(module).__name__} sets `automatic_optimization = False`. Use automatic optimization, or another"
             " algorithm."
+        )
+    clip = trainer.gradient_clip_val
+    if algorithm.gradients_are_final and clip:
+        raise MisconfigurationException(
+            f"`gradient_clip_val` (={clip!r}) of the Trainer would clip what {name} makes of the gradients. Leave it"
+            f" out, and let the algorithm clip before: `{name}(clip={clip!r})`."
         )
     for optimizer in trainer.strategy.optimizers:
         if needs_closure(optimizer):

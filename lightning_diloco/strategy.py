@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -35,12 +35,17 @@ from lightning_diloco.arguments import (
     configured,
     outer_factory,
 )
+from lightning_diloco.cluster.clock import Clock
+from lightning_diloco.cluster.cluster import Cluster
+from lightning_diloco.cluster.tally import Tally
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.engine.times import Times
 from lightning_diloco.fit import RunSettings, Weights
 from lightning_diloco.state.policies import BufferPolicy, EvalWeights, InnerStatePolicy, NonfinitePolicy, Policies
+
+T = TypeVar("T")
 
 
 class DilocoStrategy(FitStrategy):
@@ -99,6 +104,9 @@ class DilocoStrategy(FitStrategy):
             ``partition`` decides: the paper's rule for non-iid data; without ``partition`` shards are equal). They hold
             for every mean over workers that doesn't name weights of its own: of what is sent, of buffers and inner
             state, and for ``eval_weights="average"``; whoever is left out, the rest count in proportion.
+        cluster: the simulated machines, a ``Cluster`` with speeds, links and availability. It tells how long the run
+            would have taken (``strategy.clock``), and changes no number of it, unless it has an ``availability``. None:
+            there is no clock.
         reduction: order of summation over several processes: "ordered" (that of the workers: results are bit-identical
             for every layout of workers over processes), "all_reduce" (that of the back end, which may send less), or
             "auto" (ordered on one machine, all_reduce across machines).
@@ -138,6 +146,7 @@ class DilocoStrategy(FitStrategy):
         participation: Participation | None = None,
         diagnostics: bool = True,
         weights: Weights = "uniform",
+        cluster: Cluster | None = None,
         *,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -168,6 +177,9 @@ class DilocoStrategy(FitStrategy):
         check_instance("algorithm", algorithm, SyncAlgorithm, "Diloco()")
         check_instance("codec", codec, Codec, "FP4()")
         check_instance("participation", participation, Participation, "DropOut(0.3)")
+        check_instance("cluster", cluster, Cluster, "Cluster.low(step_seconds=0.1)")
+        if cluster is not None:
+            cluster.check(num_nodes)
         diagnostics = check_bool("diagnostics", diagnostics)
         check_processes(process_group_backend, timeout, start_method)
         algorithm = algorithm or Diloco()
@@ -184,9 +196,10 @@ class DilocoStrategy(FitStrategy):
                 partition,
                 codec,
                 participation,
+                cluster,
                 diagnostics,
                 weights,
-                configured(algorithm, factory, codec, participation, weights),
+                configured(algorithm, factory, codec, participation, weights, cluster),
             ),
             reduction,
             accelerator=accelerator,
@@ -251,6 +264,34 @@ class DilocoStrategy(FitStrategy):
         After a fit in processes that this one has started (spawn, fork): the times of process 0.
         """
         return self._counted.times
+
+    @property
+    def clock(self) -> Clock:
+        """How long the present or last fit has taken on the ``cluster``, in simulated time.
+
+        Raises:
+            RuntimeError: without a cluster, and before the fit.
+        """
+        return self._of_cluster(self._counted.clock)
+
+    @property
+    def tally(self) -> Tally:
+        """Who was there and took part, by the cluster's availability, and what was lost.
+
+        Raises:
+            RuntimeError: without a cluster, and before the fit.
+        """
+        return self._of_cluster(self._counted.tally)
+
+    def _of_cluster(self, found: T | None) -> T:
+        if found is not None:
+            return found
+        if self._settings.cluster is None:
+            raise RuntimeError(
+                "There is no simulated cluster. Say what its machines are like:"
+                " `DilocoStrategy(cluster=Cluster(step_seconds=0.1, bandwidth_gbit_s=1, latency_ms=20))`."
+            )
+        raise RuntimeError("The simulated cluster has a clock from `on_train_start` on. Call `trainer.fit` first.")
 
     def worker_state_dict(self, worker: int) -> dict[str, Any]:
         """The keys of ``module.state_dict()`` with worker ``worker``'s values, detached copies; strict-loadable.

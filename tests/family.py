@@ -207,7 +207,9 @@ def assert_same_run(a: Run, b: Run, measured: float = 0.0, trace: bool = True) -
 def assert_same_reports(a: Sequence[OuterStepReport], b: Sequence[OuterStepReport], measured: float = 0.0) -> None:
     assert [seen(r) for r in a] == [seen(r) for r in b]
     for x, y in zip(a, b, strict=True):
-        for one, other in ((x.pseudo_gradient_norm, y.pseudo_gradient_norm), (x.cosine, y.cosine), (x.drift, y.drift)):
+        assert len(x.drift) == len(y.drift)
+        pairs = [(x.pseudo_gradient_norm, y.pseudo_gradient_norm), (x.cosine, y.cosine)]
+        for one, other in (*pairs, *zip(x.drift, y.drift, strict=True)):
             assert (one is None) == (other is None)
             if other is not None:
                 assert one == pytest.approx(other, rel=measured, abs=measured)

@@ -109,6 +109,7 @@ def test_the_sum_is_ordered_as_long_as_one_process_sums() -> None:
 
 def test_none_of_the_arguments_is_missing_here() -> None:
     elsewhere = {  # tested below, and in test_interface.py
+        "cluster",  # in test_simulated_time.py
         "diagnostics",
         "reduction",
         "accelerator",

@@ -1,6 +1,7 @@
 """Does the strategy work by name, from the command line and from YAML, and does the command line speak for itself?"""
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_utilities.core.imports import RequirementCache
 
 import lightning_diloco.__main__ as command_line
-from lightning_diloco import Diloco, DilocoStrategy
+from lightning_diloco import Availability, Cluster, Diloco, DilocoStrategy
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(set((ROOT / "examples" / "configs").glob("*.yaml")) - {ROOT / "examples/configs/compare_digits.yaml"})
@@ -145,6 +146,23 @@ def test_a_nested_algorithm_and_a_partition_in_yaml(tmp_path: Path) -> None:
 
 def halves(dataset: Any, num_workers: int) -> list[list[int]]:
     return [list(range(w, len(dataset), num_workers)) for w in range(num_workers)]
+
+
+def test_the_guides_cluster_and_availability_in_yaml(tmp_path: Path) -> None:
+    """Parsed and run: a worker is away from step 8 to 16, so that two of six rings have four hops in place of six."""
+    guide = (ROOT / "examples" / "guides" / "clock.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "given.yaml"
+    path.write_text(block)
+    strategy = fit(f"--config={path}", BORING)
+    events = [{"kind": "leave", "step": 8, "worker": 3}, {"kind": "join", "step": 17, "worker": 3}]
+    availability = Availability(events, drop_rate=0.1, joiner="donor")
+    assert strategy.clock.cluster == Cluster(0.1, 1, 20, availability=availability)
+    assert [report.alive for report in strategy.reports] == [4, 3, 3, 4, 4, 4]
+    assert strategy.tally.joins == 1
+    assert strategy.tally.committed < strategy.tally.participating == 22
+    assert [spent.computing for spent in strategy.clock.workers] == pytest.approx([3.0, 3.0, 3.0, 2.1])
+    assert strategy.clock.seconds == pytest.approx(3.0 + (4 * 6 + 2 * 4 + 1) * 0.02, abs=1e-4)  # and a hop for joining
 
 
 # -------------------------------------------------------------------------------------------- what it says

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from twins import cosines
 
 import lightning_diloco.codecs
 from lightning_diloco.codecs import (
+    DCT,
     FP4,
     Cast,
     Codec,
@@ -48,6 +50,8 @@ STATELESS = [
     TopK(6, 6, FP4()),
     RandomK(0.3),
     RandomK(0.3, Int8()),
+    DCT(4, 3),
+    DCT(3, 2, Int8()),
 ]
 CODECS = [*STATELESS, *map(ErrorFeedback, STATELESS)]
 
@@ -660,3 +664,47 @@ def test_every_codec_names_tests_that_exist():
             proofs = re.findall(r"::(test_\w+)", item.__doc__ or "")
             assert proofs, name
             assert all(f"def {proof}(" in here for proof in proofs), name
+
+
+# --- the cosine transform --------------------------------------------------------------------------------------------
+
+
+DCT_SHAPES = [(12,), (7,), (1,), (8, 6), (5, 7), (4, 3, 2), (1, 9), (), (0,), (0, 4), (3, 0)]
+
+
+@pytest.mark.parametrize("shape", DCT_SHAPES, ids=str)
+@pytest.mark.parametrize(("chunk", "k"), [(4, 3), (1, 1), (3, 100), (64, 2)])
+def test_dct_agrees_with_the_slow_one(shape: tuple[int, ...], chunk: int, k: int) -> None:
+    torch.manual_seed(sum(shape))
+    x = torch.randn(shape, dtype=torch.float64)
+    codec = DCT(chunk, k)
+    payload = codec.encode(x, {}, generator())
+    decoded = codec.decode(payload, x)
+    if x.numel():
+        torch.testing.assert_close(decoded, cosines(x, chunk, k), rtol=0, atol=1e-12)
+    assert decoded.shape == x.shape
+    if k == 100:  # all coefficients: nothing is lost
+        torch.testing.assert_close(decoded, x, rtol=0, atol=1e-12)
+    again = codec.decode(codec.encode(decoded, {}, generator()), x)
+    torch.testing.assert_close(again, decoded, rtol=0, atol=1e-12)
+
+
+def test_dct_by_hand() -> None:
+    """Of (1, 3) the orthonormal coefficients are 4/√2 and −2/√2; the larger alone is the mean of both."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([1.0, 3.0], dtype=dtype)
+        assert DCT(2, 1).decode(DCT(2, 1).encode(x, {}, generator()), x).tolist() == pytest.approx([2.0, 2.0], rel=1e-2)
+    with pytest.raises(TypeError, match="real floating-point"):
+        DCT().encode(torch.ones(2, dtype=torch.complex64), {}, generator())
+    with pytest.raises(ValueError, match=r"^DCT: `chunk` \(=0\)"):
+        DCT(0)
+    with pytest.raises(ValueError, match=r"^DCT: `values` \(=ErrorFeedback.*\) must not keep an error"):
+        DCT(values=ErrorFeedback(FP4()))
+
+
+def test_dct_sends_an_index_of_twelve_bits_per_coefficient() -> None:
+    """Two blocks of 64 × 64 send 32 coefficients each: four bytes for a value, twelve bits for an index."""
+    payload = DCT().encode(torch.randn(64, 128), {}, generator())
+    assert payload_bytes(payload) == 2 * 32 * 4 + 2 * 32 * 12 // 8
+    quarter = DCT(values=FP4()).encode(torch.randn(64, 128), {}, generator())
+    assert payload_bytes(quarter) == 2 * 32 // 2 + 2 + 2 * 32 * 12 // 8

@@ -1,5 +1,6 @@
 """Does a comparison train what it says, under the same conditions, and does it survive being killed?"""
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,7 +21,7 @@ from comparisons import RUNS, TRAINER, Data, Drawn, Dying, Failing, Witness, dat
 from helpers import assert_same, differs, trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_diloco import DataParallel, Diloco, DilocoCallback, DilocoStrategy, StreamingDiloco
+from lightning_diloco import Cluster, DataParallel, Diloco, DilocoCallback, DilocoStrategy, StreamingDiloco
 from lightning_diloco.comparison import Comparison, Run, comparing, grid
 from lightning_diloco.partitions import ByKey, ByLabel, Dirichlet
 
@@ -155,6 +156,118 @@ def test_the_same_samples_with_epochs_are_the_same_epochs() -> None:
     assert frame[frame["run"] == "one"]["step"].tolist() == [12, 24, 24]
     assert frame[frame["run"] == "many"]["step"].tolist() == [6, 12, 12]
     assert frame[frame["run"] == "one"]["samples"].tolist() == frame[frame["run"] == "many"]["samples"].tolist()
+
+
+# -------------------------------------------------------------------------------------------- simulated seconds
+
+CLUSTER = Cluster(step_seconds=0.25, bandwidth_gbit_s=0.001, latency_ms=2)  # a megabit is a second
+PARAMETERS = 4 * (4 * 8 + 8 + 8 + 8 + 1)  # bytes of a layer from 4 to 8, BatchNorm's weight and bias, a layer to 1
+MEANS = 4 * 2 * 8  # of BatchNorm's statistics
+
+
+def ring(nbytes: int, workers: int, megabits: float = 1.0) -> float:
+    """Seconds of a mean over a ring: 2(N−1)/N of the bytes out of each, in 2(N−1) hops of 2 ms."""
+    return 2 * (workers - 1) / workers * 8 * nbytes / (megabits * 1e6) + 2 * (workers - 1) * 2e-3
+
+
+def simulated(frame: pd.DataFrame, run: str) -> list[float]:
+    return frame[frame["run"] == run]["simulated_seconds"].tolist()
+
+
+def test_simulated_seconds_are_those_of_plain_arithmetic() -> None:
+    """T · steps + transfers · seconds of a ring, at steps 5, 10 and, after the flush, 14; synchronous, so exactly."""
+    own = Cluster(step_seconds=1.0, bandwidth_gbit_s=0.01, latency_ms=2)
+    runs = {
+        "plain": "plain",
+        "longer": "same samples",
+        "all": "DataParallel",
+        "diloco": {**DILOCO, "buffers": "local"},
+        "means": {**DILOCO, "num_nodes": 2},
+        "own": {**DILOCO, "buffers": "local", "cluster": own},
+        "none": Run(DILOCO, trainer={"max_steps": 5}),
+        "one": {"num_nodes": 1, "diloco_interval": 4},
+    }
+    frame = quiet(runs=runs, cluster=CLUSTER).data
+    delta, means = ring(PARAMETERS, 2), ring(MEANS, 2)
+    of_gradients = [0.25 * s + s * delta for s in (5, 10, 14)]
+    exact = {"rel": 0, "abs": 1e-12}
+    assert simulated(frame, "diloco") == pytest.approx([1.25 + delta, 2.5 + 2 * delta, 3.5 + 4 * delta], **exact)
+    both = delta + means
+    assert simulated(frame, "means") == pytest.approx([1.25 + both, 2.5 + 2 * both, 3.5 + 4 * both], **exact)
+    of_gradients[-1] += means  # its one synchronisation of buffers, at the end
+    assert simulated(frame, "all") == pytest.approx(of_gradients, **exact)
+    faster = ring(PARAMETERS, 2, megabits=10)
+    assert simulated(frame, "own") == pytest.approx([5 + faster, 10 + 2 * faster, 14 + 4 * faster], **exact)
+    assert simulated(frame, "one") == pytest.approx([1.25, 2.5, 3.5], **exact)
+    assert np.isnan(simulated(frame, "plain")).all()
+    assert np.isnan(simulated(frame, "longer")).all()
+
+
+def test_the_cluster_changes_no_other_number() -> None:
+    with_cluster, without = quiet(runs={"a": DILOCO}, cluster=CLUSTER), quiet(runs={"a": DILOCO}, folder="b")
+    assert without.data["simulated_seconds"].isna().all()
+    assert_equal_but_for_time(
+        *(Comparison(c.data.drop(columns="simulated_seconds")) for c in (with_cluster, without)),
+    )
+
+
+def test_a_run_is_reused_on_an_equal_cluster_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(runs={"a": DILOCO}, cluster=CLUSTER)
+    monkeypatch.setattr(comparing, "train", lambda *_: pytest.fail("trained again"))
+    quiet(runs={"a": DILOCO}, cluster=dataclasses.replace(CLUSTER))
+    quiet(runs={"a": {**DILOCO, "cluster": CLUSTER}})
+    with pytest.raises(ValueError, match="was finished with other settings") as caught:
+        quiet(runs={"a": DILOCO}, cluster=dataclasses.replace(CLUSTER, latency_ms=3))
+    then = "'Cluster(step_seconds=0.25, bandwidth_gbit_s=0.001, latency_ms=2.0)'"
+    assert f"`strategy.cluster` was {then} and is {then.replace('2.0', '3.0')}. " in str(caught.value)
+
+
+def test_runs_that_were_finished_before_there_were_clusters_are_loaded() -> None:
+    quiet(runs={"a": DILOCO})
+    (file,) = Path("comparison/runs").glob("*.json")
+    content = json.loads(file.read_text())
+    for row in content["rows"]:
+        del row["simulated_seconds"]
+    file.write_text(json.dumps(content))
+    frame = quiet(runs={"a": DILOCO}).data
+    assert frame["simulated_seconds"].isna().all()
+    assert frame["step"].tolist() == [5, 10, 14]
+
+
+@pytest.mark.parametrize(
+    ("runs", "cluster", "words"),
+    [
+        ({"a": "plain"}, 3, "`cluster` (=3) must be an instance of Cluster, like Cluster.low(step_seconds=0.1), or"),
+        (
+            {"a": "plain"},
+            CLUSTER,
+            "`cluster` (=Cluster(step_seconds=0.25, bandwidth_gbit_s=0.001, latency_ms=2.0)) has no effect: no run"
+            " takes it. Plain runs have no clock; a run with arguments of DilocoStrategy has one.",
+        ),
+        (
+            {"a": Run(functools.partial(DilocoStrategy, 2))},
+            CLUSTER,
+            "`runs['a']`: its strategy comes from a callable, which `cluster` can't be passed on to. Make it with a"
+            " `cluster` there, or write the strategy as a dict.",
+        ),
+        (
+            {"a": DILOCO},
+            Cluster([1, 2, 3], 1, 0),
+            "`runs['a']`: Cluster: `step_seconds` has 3 numbers, but there are 2 workers. Give one number for all",
+        ),
+    ],
+)  # fmt: skip
+def test_clusters_that_fit_no_run_are_refused(runs: Any, cluster: Any, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        quiet(runs=runs, cluster=cluster)
+    assert str(caught.value).startswith(words)
+    assert not finished()
+
+
+def test_a_callable_with_a_cluster_of_its_own_stays_as_it_is() -> None:
+    made = functools.partial(DilocoStrategy, 2, 4, buffers="local", cluster=CLUSTER)
+    frame = quiet(runs={"a": Run(made), "b": DILOCO}, cluster=Cluster(1, 1, 0)).data
+    assert simulated(frame, "a")[0] == pytest.approx(1.25 + ring(PARAMETERS, 2), abs=1e-12)
 
 
 # -------------------------------------------------------------------------------------------- what is on disk

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 import lightning_diloco.__main__ as command_line
-from lightning_diloco import DataParallel, StreamingDiloco
+from lightning_diloco import Cluster, DataParallel, StreamingDiloco
 from lightning_diloco.comparison import Comparison, Run, command
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ def rows(name: str, seed: int, loss: float, sent: int) -> list[dict[str, Any]]:
     made = []
     for step, final, value in ((10, False, loss + 3), (20, False, loss + 100), (20, True, loss)):
         size = {"step": step, "samples": 8 * step * (4 if many else 1), "bytes": sent * step, "seconds": step + seed}
+        size["simulated_seconds"] = step / 2 if many else math.nan
         made.append(
             {**common, **size, "final": final, "train_loss": loss / 2, "val_loss": value, "val_acc": value / 10}
         )
@@ -98,11 +100,18 @@ def test_a_single_seed_has_no_spread_and_the_table_says_so(fake: Comparison) -> 
     [
         (
             lambda c: c.table("loss"),
-            "`metrics` names 'loss'; there are 'val_loss', 'val_acc', 'train_loss', 'seconds'.",
+            "`metrics` names 'loss'; there are 'val_loss', 'val_acc', 'train_loss', 'seconds', 'simulated_seconds'.",
         ),
         (lambda c: c.table(against="two"), "`against` names the run 'two'; there are 'one worker', '50 % & more|less'"),
         (lambda c: c.plot("loss"), "`y` names 'loss'; there are"),
-        (lambda c: c.plot("val_loss", "time"), "`x` (='time') must be one of 'step', 'samples', 'bytes', 'seconds'."),
+        (
+            lambda c: c.plot("val_loss", "simulated_seconds", runs=["one worker"]),
+            "`x` is 'simulated_seconds', but no run has a clock. Give `compare` a `cluster`, as in",
+        ),
+        (
+            lambda c: c.plot("val_loss", "time"),
+            "`x` (='time') must be one of 'step', 'samples', 'bytes', 'seconds', 's",
+        ),
         (lambda c: c.plot("val_loss", runs=["two"]), "`runs` names the run 'two'; there are"),
     ],
 )
@@ -121,7 +130,14 @@ def lines(ax: Axes) -> dict[str, tuple[list[float], list[float]]]:
 
 
 @pytest.mark.parametrize(
-    ("x", "at"), [("step", [10, 20]), ("samples", [320, 640]), ("seconds", [11, 21]), ("bytes", [1000, 2000])]
+    ("x", "at"),
+    [
+        ("step", [10, 20]),
+        ("samples", [320, 640]),
+        ("seconds", [11, 21]),
+        ("bytes", [1000, 2000]),
+        ("simulated_seconds", [5, 10]),
+    ],
 )
 def test_the_figure_has_the_means_and_their_spread(x: Any, at: list[float], fake: Comparison) -> None:
     ax = fake.plot("val_loss", x)
@@ -129,8 +145,9 @@ def test_the_figure_has_the_means_and_their_spread(x: Any, at: list[float], fake
     assert found["H=5_x"] == (at, [8.0, 5.0])  # at the last step the validation after the fit
     (band,) = [c for c, line in zip(ax.collections[::-1], ax.lines[::-1], strict=False) if line.get_label() == "H=5_x"]
     assert np.ptp(band.get_paths()[0].vertices[:, 1]) == pytest.approx(3 + 2 * 2.0)  # from 5 − 2 to 8 + 2
-    one = "one worker (sends nothing)" if x == "bytes" else "one worker"
-    assert found[one][1] == ([4.0, 4.0] if x == "bytes" else [7.0, 4.0])
+    level = {"bytes": " (sends nothing)", "simulated_seconds": " (has no clock)"}.get(x, "")
+    one = f"one worker{level}"
+    assert found[one][1] == ([4.0, 4.0] if level else [7.0, 4.0])
     assert ax.get_xscale() == ("log" if x == "bytes" else "linear")
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [one, "50 % & more|less", "H=5_x"]
     assert ax.get_ylabel() == "val_loss (mean ± sd of 3 seeds)"
@@ -188,8 +205,6 @@ def run(config: dict[str, Any], *args: str) -> Comparison:
 
 def by_hand() -> Comparison:
     """The same in Python."""
-    from functools import partial
-
     import torch
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
@@ -229,6 +244,40 @@ def test_yaml_makes_the_same_numbers_table_and_figure(capsys: Any) -> None:
 def test_numbers_of_the_command_line_are_those_of_yaml() -> None:
     run(CONFIG, "--trainer.max_steps=4", "--trainer.val_check_interval=2")
     run({**CONFIG, "trainer": {**CONFIG["trainer"], "max_steps": 4, "val_check_interval": 2}})  # the same runs
+
+
+def test_a_cluster_in_yaml_is_that_of_all_runs_but_those_with_one_of_their_own() -> None:
+    own = {"class_path": "lightning_diloco.cluster.Cluster.low", "init_args": {"step_seconds": 2.0}}
+    runs = {
+        "plain": "plain",
+        "all": "DataParallel",
+        "grid": {"grid": {"num_nodes": 2, "diloco_interval": [2, 5]}},
+        "own": {"num_nodes": 2, "diloco_interval": 2, "cluster": own},
+        "run": {"strategy": {"num_nodes": 2, "diloco_interval": 2}, "times": 2},
+    }
+    cluster = {"step_seconds": 0.5, "bandwidth_gbit_s": 0.001, "latency_ms": 4}
+    trainer = {**CONFIG["trainer"], "callbacks": []}
+    options = {"seeds": [4], "x": "simulated_seconds", "metrics": ["val_loss"], "against": None}
+    frame = run({**CONFIG, "runs": runs, "cluster": cluster, "trainer": trainer, **options}).data
+
+    in_python = {
+        "plain": "plain",
+        "all": "DataParallel",
+        "grid, H=2": {"num_nodes": 2, "diloco_interval": 2},
+        "grid, H=5": {"num_nodes": 2, "diloco_interval": 5},
+        "own": {"num_nodes": 2, "diloco_interval": 2, "cluster": Cluster.low(2.0)},
+        "run": Run({"num_nodes": 2, "diloco_interval": 2}, times=2),
+    }
+    module, data = partial(Drawn, dropout=0.1), partial(Data, batch_size=4)
+    expected = quiet(
+        module, data, in_python, trainer=trainer, seeds=[4], folder="by hand", cluster=Cluster(**cluster)
+    ).data
+    pd.testing.assert_frame_equal(*(f.drop(columns="seconds") for f in (frame, expected)), check_exact=True)
+    last = frame[frame["final"]].set_index("run")["simulated_seconds"]
+    assert last.notna().tolist() == [False, True, True, True, True, True]
+    assert 12 < last["own"] < 12.2 < 13
+    assert last["grid, H=5"] < last["grid, H=2"] < last["all"] < last["run"] - 2
+    assert Path("out/figure.svg").read_text().count("<svg") == 1
 
 
 @pytest.mark.slow
@@ -288,6 +337,7 @@ def test_help_mentions_comparisons_and_reads_well(capsys: Any, monkeypatch: Any)
         "against",
         "format",
         "x",
+        "cluster",
     ):
         assert f"--{name}" in second
     assert command._DESCRIPTION.strip() in second

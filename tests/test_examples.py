@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,6 +142,72 @@ def test_byte_gpt_holds_out_text_it_never_trains_on():
         assert torch.equal(piece, text[start : start + 17])
     assert starts[0] + 17 <= 47_500
     assert starts[2] + 17 <= 50_000
+
+
+@pytest.fixture
+def cluster_example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = load("cluster")
+    monkeypatch.setitem(sys.modules, "cluster", module)  # as when it is run: the folder names its functions
+    return module
+
+
+def test_seconds_on_other_links_are_those_of_the_closed_form(cluster_example: ModuleType) -> None:
+    """T per step; a ring of three: 4/3 of the bytes, four hops of 0.1 ms; twelve steps are two rounds and a flush."""
+    found = cluster_example.seconds_after(12, 3, 5, 300_000, cluster_example.links(0.01))
+    ring = 4 / 3 * 8 * 300_000 / 0.01e9 + 4 * 1e-4
+    syncs = [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3]
+    assert found == pytest.approx([0.01 * step + ring * n for step, n in enumerate(syncs)], rel=0, abs=1e-12)
+
+
+def test_measured_points_lie_on_the_models_lines(cluster_example: ModuleType) -> None:
+    """Within two points of utilisation, with constants fitted to all of them."""
+    ax = cluster_example.plt.figure().subplots()
+    cluster_example.utilisation_measured(ax)
+    lines, circles = ax.lines[::2], ax.lines[1::2]
+    assert [line.get_label().split(",")[0] for line in circles] == ["H = 1", "H = 8", "H = 32", "H = 128"]
+    for line, points in zip(lines, circles, strict=True):
+        assert list(points.get_xdata()) == [0.2, 1.0, 5.0]
+        on_line = [float(y) for y in np.interp(np.log(points.get_xdata()), np.log(line.get_xdata()), line.get_ydata())]
+        assert on_line == pytest.approx(list(points.get_ydata()), abs=2)
+    cluster_example.plt.close("all")
+
+
+@pytest.mark.slow
+def test_the_clusters_figure_has_the_seconds_of_the_runs_and_is_taken_up_again(
+    cluster_example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--workers", "2", "--intervals", "2", "3", "--steps", "5", "--seeds", "1"]
+    argv += ["--folder", str(tmp_path / "runs"), "--figure", str(tmp_path / "figure.svg")]
+    results = cluster_example.main(argv)
+    out = capsys.readouterr().out
+    data = results["links"].data
+    assert list(data["run"].unique()) == ["data parallel", "DiLoCo, H=2", "DiLoCo, H=3"]
+    for name in results["links"].runs:
+        rows = data[data["run"] == name].drop_duplicates("step", keep="last")  # the validation after the flush
+        replayed = cluster_example.seconds_after(
+            *cluster_example.shape(results["links"], name), cluster_example.links(1.0)
+        )
+        assert [replayed[step] for step in rows["step"]] == rows["simulated_seconds"].tolist()  # bit for bit
+    assert list(results["drop"].runs) == ["0% lost", "10% lost", "30% lost", "50% lost"]
+    assert "| s at 0.05 Gbit/s |" in out
+    assert "| val_loss − 0% lost |" in out
+    picture = (tmp_path / "figure.svg").read_text()
+    assert all(f">{gbit_s:g} Gbit/s<" in picture for gbit_s in cluster_example.BANDWIDTHS)
+
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*seed*.json")}
+    assert len(files) == 3 + 4
+    cluster_example.main(argv)
+    assert {file: file.stat().st_mtime_ns for file in files} == files  # nothing was trained again
+
+
+def test_losses_are_drawn_with_the_seed_of_a_run(cluster_example: ModuleType) -> None:
+    seeds = []
+    for seed in (3, 4, 3):
+        L.seed_everything(seed, verbose=False)
+        seeds.append(cluster_example.dropping(0.3, 2)._settings.cluster.availability.seed)
+    assert seeds == [3, 4, 3]
 
 
 @pytest.mark.slow

@@ -60,19 +60,25 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
 
 
 LAYERS = """
-    cluster.inputs cluster.patterns cluster.cluster cluster.layer_model cluster.planning
-    cluster.calibration cluster.command cluster
+    cluster.inputs cluster.availability cluster.presence cluster.schedule cluster.tally cluster.patterns cluster.cluster
+    cluster.timeline cluster.replay cluster.clock cluster.layer_model cluster.planning cluster.calibration
+    cluster.command cluster
     codecs.base codecs.levels codecs.moments codecs.packing codecs.identity codecs.cast codecs.int8 codecs.fp4
-    codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.error_feedback codecs
+    codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.dct
+    codecs.error_feedback codecs
     comm.tensors comm.means comm.statistics comm.likeness comm.ledger comm.waiting comm.watcher comm.world comm.payloads
-    comm.slices comm.team comm.decoded comm.channel
-    state.randomness state.replicas state.worker state.optimizers state.outer state.policies state.live_module
-    state.memory state.checks state.guard
-    algorithms.report algorithms.layers algorithms.deltas algorithms.transfer algorithms.participation algorithms.order
-    algorithms.measuring algorithms.sending algorithms.context
-    algorithms.base algorithms.diloco algorithms.periodic_averaging algorithms.data_parallel algorithms.post_local_sgd
-    algorithms.sparse_loco algorithms.streaming algorithms
-    engine.file_format engine.checkpoint engine.progress engine.times engine.turns engine.telemetry
+    comm.slices comm.team comm.decoded comm.channel comm.messages
+    state.randomness state.replicas state.worker state.own_steps state.optimizers state.outer state.policies
+    state.live_module state.memory state.checks state.guard
+    algorithms.report algorithms.layers algorithms.deltas algorithms.transfer algorithms.machines
+    algorithms.participation algorithms.aggregates algorithms.order
+    algorithms.measuring algorithms.aggregating algorithms.sending algorithms.context
+    algorithms.base algorithms.around algorithms.robust
+    algorithms.diloco algorithms.periodic_averaging algorithms.data_parallel algorithms.post_local_sgd
+    algorithms.sparse_loco algorithms.streaming algorithms.eager algorithms.sparta algorithms.no_loco algorithms.des_loc
+    algorithms.slow_mo algorithms.hierarchical algorithms.gpa algorithms.fed_opt algorithms.demo algorithms.edit
+    algorithms
+    engine.file_format engine.checkpoint engine.joining engine.progress engine.times engine.turns engine.telemetry
     engine.synchronisation engine.views engine.engine
     partitions.draws partitions.labels partitions.rules partitions
     arguments reporting.metrics reporting.tensorboard reporting.plan reporting.hints

@@ -47,18 +47,22 @@ def run(document: str, tag: str = "") -> int:
     ("document", "blocks", "printed"),
     [
         ("README", 2, "'outer_model': 264"),
-        ("algorithms", 3, "step 4: the workers' pseudo-gradients have a mean cosine of"),
+        ("algorithms", 4, "step 4: the workers' pseudo-gradients have a mean cosine of"),
         ("checkpoints", 1, ""),
         ("watching", 1, "['val_loss', 'val_loss/outer', 'val_loss/worker_0']"),
         ("compare", 1, "| plain average, H=5       |   4 |   5 |     640 |"),
-        ("clock", 4, "5800.0 s"),
+        ("clock", 6, "5800.0 s"),
+        ("cluster", 1, ""),
         ("simulator", 1, "outer step 4 after 100 local steps: accuracy "),
         ("tensorboard", 3, "a ring all-reduce sends "),
     ],
 )
 def test_the_code_runs_in_order(document: str, blocks: int, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(document) == blocks
-    assert printed in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert printed in out
+    for _, tag, text in blocks_of(DOCUMENTS[document]):
+        assert tag != "printed" or document == "README" or text in out
 
 
 def test_every_python_block_is_run_by_a_test() -> None:
@@ -69,7 +73,17 @@ def test_every_python_block_is_run_by_a_test() -> None:
         if language == "python"
     }
     run_here = {("README", "digits"), ("pytorch_lightning", "alias")}
-    executed = ("README", "algorithms", "checkpoints", "clock", "compare", "simulator", "tensorboard", "watching")
+    executed = (
+        "README",
+        "algorithms",
+        "checkpoints",
+        "clock",
+        "cluster",
+        "compare",
+        "simulator",
+        "tensorboard",
+        "watching",
+    )
     assert found == run_here | {(name, "") for name in executed}
 
 
@@ -168,8 +182,9 @@ def test_the_table_of_arguments_is_complete_and_its_defaults_are_right() -> None
 
 def test_help_of_the_strategy_shows_users_members_first_and_no_internals() -> None:
     users = {
-        "current_worker", "ledger", "local_steps", "local_workers", "memory_report", "num_workers", "outer_optimizer",
-        "outer_state_dict", "outer_steps", "reports", "times", "weights", "worker_state_dict",
+        "clock", "current_worker", "ledger", "local_steps", "local_workers", "memory_report", "num_workers",
+        "outer_optimizer", "outer_state_dict", "outer_steps", "reports", "tally", "times", "weights",
+        "worker_state_dict",
     }  # fmt: skip
     lightnings = {*dir(DDPStrategy), "cluster_environment", "strategy_name"}
     assert {name for name in dir(DilocoStrategy) if not name.startswith("_")} - lightnings == users

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from lightning_diloco import Cast, DilocoCallback, DilocoStrategy, DropOut, StreamingDiloco
-from lightning_diloco.reporting.metrics import SCALARS
+from lightning_diloco import Availability, Cast, Cluster, DilocoCallback, DilocoStrategy, DropOut, StreamingDiloco
+from lightning_diloco.reporting.metrics import OF_CLUSTER, SCALARS
 
 COUNTERS = {"diloco/outer_step", "diloco/samples", "diloco/comm_bytes"}
+CLUSTER = Cluster(step_seconds=0.1, bandwidth_gbit_s=0.001, latency_ms=5)
 SECONDS = {"diloco/inner_seconds", "diloco/waiting_seconds", "diloco/outer_seconds"}
 
 
@@ -112,8 +114,33 @@ def documented() -> dict[str, str]:
     return dict(re.findall(r"^ +``(\S+)`` +(\S.*)$", rows, re.MULTILINE))
 
 
+def test_the_clusters_numbers_are_those_of_the_reports(tmp_path: Path) -> None:
+    """Worker 1 is away from step 2 to 4, and worker 2's part in the last transfer is lost."""
+    events = [
+        {"kind": "leave", "step": 2, "worker": 1},
+        {"kind": "join", "step": 5, "worker": 1},
+        {"kind": "drop", "step": 8, "worker": 2},
+    ]
+    run_of = train(tmp_path, make=lambda: {"cluster": replace(CLUSTER, availability=Availability(events))})
+    found = board(run_of["folder"])
+    wanted = {
+        "alive": [3, 4, 4],
+        "participating": [3, 4, 4],
+        "committed": [3, 4, 3],
+        "lost_steps": [1, 1, 1],
+    }
+    for name, values in wanted.items():
+        close(points(found, f"diloco/{name}"), list(zip([2, 5, 7], values, strict=True)), name)
+    reports = [arrival["report"] for arrival in run_of["arrived"]]
+    for name in ("compute_utilisation", "join_bytes"):
+        close(points(found, f"diloco/{name}"), [(r.step - 1, getattr(r, name)) for r in reports], name)
+    assert reports[0].join_bytes == 0 < reports[1].join_bytes
+    in_csv = [row["diloco/simulated_seconds"] for _, row in run_of["rows"] if "diloco/simulated_seconds" in row]
+    assert in_csv == pytest.approx([r.simulated_seconds for r in reports], rel=1e-12)
+
+
 def test_the_table_lists_exactly_what_is_written(tmp_path: Path) -> None:
-    run_of = train(tmp_path)
+    run_of = train(tmp_path, make=lambda: {"cluster": CLUSTER})
     events = board(run_of["folder"])
     in_rows = {tag for _, row in run_of["rows"] for tag in row if tag.startswith("diloco")}
     written = in_rows | {t for t in events.Tags()["scalars"] if t.startswith("diloco")} | set(events.Tags()["images"])
@@ -128,7 +155,7 @@ def test_the_table_lists_exactly_what_is_written(tmp_path: Path) -> None:
     assert set(re.findall(r"\w+", quantities)) == {t.split("/")[1] for t in written if t.startswith("diloco_layers")}
     for tag, words in table.items():  # what TensorBoard alone has, and what it lacks, is said
         assert ("TensorBoard only" in words) == (tag.startswith("diloco_by") or tag == "diloco/cosine_matrix"), tag
-    assert set(SCALARS) == {tag for tag in table if tag.startswith("diloco/")} - {"diloco/cosine_matrix"}
+    assert {*SCALARS, *OF_CLUSTER} == {tag for tag in table if tag.startswith("diloco/")} - {"diloco/cosine_matrix"}
     guide = (Path(__file__).parents[1] / "examples" / "guides" / "tensorboard.md").read_text()
     assert set(re.findall(r"^\| `(diloco\S+)`", guide, re.MULTILINE)) == set(table)
 
@@ -247,6 +274,7 @@ def test_a_run_has_the_hyperparameters_of_module_data_and_strategy(tmp_path: Pat
         "policies/reduction": "auto",
         "policies/diagnostics": "True",
         "policies/weights": "uniform",
+        "policies/cluster": "None",
     }
     assert "lr=0.7, momentum=0.9, nesterov=True" in ours["outer_optimizer_kwargs"]
     text = yaml.unsafe_load((diloco / "hparams.yaml").read_text())

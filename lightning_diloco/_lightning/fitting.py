@@ -52,6 +52,7 @@ class FitStrategy(TeamStrategy):
             trial,
             settings.codec or settings.algorithm.codec,
             settings.participation,
+            None if settings.cluster is None else settings.cluster.availability,
         )
         self._callback = DilocoCallback()
 

@@ -16,6 +16,8 @@ from typing import Any
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from typing_extensions import override
 
 _RESULTS = "diloco_results"  # the entry of Lightning's extra results with the path of ours
@@ -94,6 +96,21 @@ class _Import:
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         return importlib.import_module, (self.name,)
+
+
+def store_of_attempt() -> dict[str, Any]:
+    """Arguments of ``init_process_group`` for processes that torchrun has started again on a single machine.
+
+    torchrun keeps its store when it restarts them, with the addresses of the processes that are gone, and a process may
+    read such an address and wait for it in vain. So every attempt has a part of the store to itself. Over several
+    machines the counts of attempts may differ; there ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` gives each a new store.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    size = os.environ.get("WORLD_SIZE")
+    if attempt == "0" or size is None or os.environ.get("LOCAL_WORLD_SIZE") != size:
+        return {}
+    store, _, _ = next(rendezvous("env://"))
+    return {"store": PrefixStore(f"attempt {attempt}", store)}
 
 
 def watch_parent(launcher: Any, environment: Any, spare: Callable[[], bool]) -> Callable[[], None]:

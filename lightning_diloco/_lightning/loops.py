@@ -145,16 +145,20 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         if isinstance(data_fetcher, _DataLoaderIterDataFetcher):
             iterator, batch_idx = next(data_fetcher), data_fetcher._batch_idx
             self.batch_progress.is_last_batch = data_fetcher.done
-            batches = given = dict.fromkeys(engine.local_workers, data_fetcher._batch)
+            present = engine.begin_step()
+            read = batches = given = dict.fromkeys(present, data_fetcher._batch)
         else:
             fetched, _, _ = next(data_fetcher)
             batch_idx = self.batch_idx + 1
             self.batch_progress.is_last_batch = data_fetcher.done
+            present = engine.begin_step()
             workers, combined = engine.local_workers, data_fetcher.combined_loader
             # a batch of the user's loader is handed through untouched
-            batches = turns.transfer(split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched})
+            read = split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched}
+            batches = turns.transfer({w: read[w] for w in present})  # an absent worker's is not used
             given = {w: batch for w, batch in batches.items() if batch is not None}
-        batch = next(iter(given.values()), None)  # callbacks see the first worker's, as on rank 0 under DDP
+        # callbacks see the first worker's, as on rank 0 under DDP
+        batch = next(iter(given.values()), None) if present else next(iter(read.values()))
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)
 
@@ -167,7 +171,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
 
         if len(given) < len(batches):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-        if given:
+        if given or not present:  # the other processes' workers take the step
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
             left = {w: b for w, b in given.items() if w not in engine.progress.done}  # all, but in a torn step
             responses = turns.hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))

@@ -32,7 +32,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import install_connectors, uninstall_connectors
-from lightning_diloco._lightning.launching import CopyLauncher, ScriptLauncher, watch_parent
+from lightning_diloco._lightning.launching import CopyLauncher, ScriptLauncher, store_of_attempt, watch_parent
 from lightning_diloco._lightning.ranks import RankedStrategy
 from lightning_diloco.arguments import StartMethod
 from lightning_diloco.comm.world import World, check_layout
@@ -133,6 +133,7 @@ class ProcessStrategy(RankedStrategy):
         options: dict[str, Any] = {"device_id": device if device.type != "cpu" else None}
         if self._timeout is not None:
             options["timeout"] = self._timeout
+        options |= store_of_attempt()
         backend = self._backend or _get_default_process_group_backend_for_device(device)
         self._group_is_ours = self._group_is_ours or not torch.distributed.is_initialized()
         _init_dist_connection(self.cluster_environment, backend, **options)

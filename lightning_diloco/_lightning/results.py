@@ -47,6 +47,7 @@ class WorkerResults(Reclassed, _ResultCollection):
         self._connector = connector
         self._before = None
         self._visited = "by a hook"
+        self._shown: int | None = None  # the worker whose values are shown after the turns: the first that had one
         self._by_worker = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
@@ -54,10 +55,11 @@ class WorkerResults(Reclassed, _ResultCollection):
         """Inside, ``worker`` logs, about ``batch`` (from which Lightning reads the batch size).
 
         ``trainer.callback_metrics`` and its like show the values from before the turns, and those that ``worker`` has
-        logged; from the last turn to :meth:`fold`, worker 0's.
+        logged; from the last turn to :meth:`fold`, the first worker's.
         """
         self._worker = worker
         several = len(self._world.workers) > 1
+        self._shown = worker if self._shown is None else self._shown
         if several:
             self._hide_other_workers(worker)
         outside = self.batch, self.batch_size
@@ -66,7 +68,7 @@ class WorkerResults(Reclassed, _ResultCollection):
         try:
             yield
         finally:
-            if several and worker == self._world.workers[0]:
+            if several and worker == self._shown:
                 self._dicts_after = [dict(metrics) for metrics in self._metric_dicts]
             self._worker = None
             self.batch, self.batch_size = outside
@@ -131,6 +133,7 @@ class WorkerResults(Reclassed, _ResultCollection):
             metric, values = self[key], shared.get(key, list(by_worker.values()))
             metric._forward_cache = values[0] if len(values) == 1 else _reduced(values, metric.meta)
         self._step_values = {}
+        self._shown = None
         if self._before is not None:
             self._before = None
             _refill(self._metric_dicts, self._dicts_after)

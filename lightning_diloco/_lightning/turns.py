@@ -55,7 +55,7 @@ class WorkerTurns:
         """Inside, ``worker`` is active: module, optimizers, logged values and rank-zero functions are this worker's."""
         fit, results, connector = self._fit, self._results, self._trainer._logger_connector
         first_iteration = connector._first_loop_iter
-        if first_iteration and worker != fit.engine.local_workers[0]:
+        if first_iteration and worker != fit.engine.present[0]:
             connector._first_loop_iter = False  # else the first log() of a hook drops the values of earlier workers
         keep = keep_gradients or self._loop._should_accumulate() or fit.keeps_gradients
         try:
@@ -92,13 +92,12 @@ class WorkerTurns:
         """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
         engine = self._fit.engine
         automatic = self._trainer.lightning_module.automatic_optimization
-        active = engine.algorithm.active(engine.local_steps + 1)
         inputs = {
             w: OrderedDict(any=iterator)
             if iterator is not None
             else self._loop._build_kwargs(OrderedDict(), batch, batch_idx)
             for w, batch in batches.items()
-            if w in active
+            if w in engine.active
         }
         stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
         counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)

@@ -33,6 +33,7 @@ C          the codec: what arrives of a tensor that was sent
 =========  =============================================================================
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -65,11 +66,19 @@ class SyncAlgorithm(ABC):
     anchors: ClassVar[Literal["shared", "own"]] = "shared"
     """From where Δ_i is measured: all from θ, or each worker from the values that it last took over (N more models)."""
 
+    gradients_are_final: ClassVar[bool] = False
+    """Whether ``before_inner_step`` makes something of gradients that the Trainer must not clip, like signs."""
+
     ctx: SyncContext
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are made without the run."""
         return {name: value for name, value in vars(self).items() if name != "ctx"}
+
+    def __repr__(self) -> str:
+        """The call that makes it, as far as the constructor keeps its arguments under their names."""
+        names = [n for n in inspect.signature(type(self)).parameters if hasattr(self, n)]
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
 
     def setup(self) -> None:  # noqa: B027 (most algorithms have nothing to prepare)
         """Called before the first step of a fit; ``self.ctx`` is there. A place for checks against the model."""
@@ -84,6 +93,11 @@ class SyncAlgorithm(ABC):
         A pure function of the step. Default: no.
         """
         return False
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether :meth:`needs_gradients` may ever say yes. Default: if a class has implemented it."""
+        return type(self).needs_gradients is not SyncAlgorithm.needs_gradients
 
     def before_inner_step(self, step: int) -> None:  # noqa: B027 (most algorithms leave gradients alone)
         """With ``needs_gradients``: may change the workers' gradients (``ctx.gradients``) before any worker steps."""

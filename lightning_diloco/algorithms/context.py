@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_diloco.algorithms.aggregates import Aggregate
+from lightning_diloco.algorithms.machines import Machines
 from lightning_diloco.algorithms.order import Order, Read
 from lightning_diloco.algorithms.sending import Sender
 from lightning_diloco.algorithms.transfer import Transfer
@@ -36,6 +38,7 @@ class SyncContext:
 
     Attributes:
         outer: θ and the outer optimizer: ``outer.tensors``, ``outer.step(names, Δ)``, ``outer.assign(values)``.
+        machines: the simulated machines.
         interval: H.
         num_workers: N.
         local_steps: completed local steps.
@@ -44,6 +47,7 @@ class SyncContext:
         outer_steps: arrivals so far.
         waiting: the transfers under way, in the order sent.
         taken: the transfers that have arrived in this step.
+        changes: what algorithms around others make of an order before, and of its transfer after sending.
     """
 
     replicas: Replicas
@@ -52,6 +56,7 @@ class SyncContext:
     inner: InnerOptimizers
     memory: Memory
     sender: Sender
+    machines: Machines
     interval: int
     num_workers: int
     local_steps: int = 0
@@ -63,6 +68,7 @@ class SyncContext:
     merged: set[str] = field(default_factory=set)  # parameters that workers have taken over in this step
     last_sent: dict[str, int] = field(default_factory=dict)  # stream → the step in which it was last sent
     ever_sent: set[str] = field(default_factory=set)  # parameters whose weights, or Δ, workers have sent
+    changes: list[tuple[Callable[[Order], Order], Callable[[Order, Transfer], None]]] = field(default_factory=list)
     _flushing: bool = False
     _moved_late: bool = False
     _sent_in_step: dict[tuple[str, int], int] = field(default_factory=dict)  # (stream, step) → how many orders
@@ -73,13 +79,13 @@ class SyncContext:
 
     @property
     def workers(self) -> list[int]:
-        """Global ids of all workers."""
+        """Global ids of the workers that are there: all, unless the cluster's availability says otherwise."""
         return self.channel.workers
 
     @property
     def local_workers(self) -> list[int]:
-        """Global ids of the workers hosted by this process: those whose tensors can be read and written."""
-        return self.channel.world.workers
+        """Those of ``workers`` that this process hosts, whose tensors can be read and written; there may be none."""
+        return self.channel.here
 
     @property
     def names(self) -> list[str]:
@@ -99,6 +105,10 @@ class SyncContext:
     def weights(self, worker: int) -> Mapping[str, Tensor]:
         """θ_i: parameter name → tensor; not to be written to (:meth:`merge` does that)."""
         return self.replicas.tensors(worker)
+
+    def common_weights(self) -> Mapping[str, Tensor]:
+        """The trainable parameters of workers that all hold the same, on every process; called on all alike."""
+        return self.channel.common(self.names, self.replicas.tensors, like=self.outer.tensors)
 
     def anchor(self, worker: int) -> Mapping[str, Tensor]:
         """The value from which the worker measures Δ_i: θ, or with ``anchors = "own"`` what it last took over."""
@@ -143,6 +153,19 @@ class SyncContext:
         states = (item for state in self.inner.workers[worker].states for item in state.items())
         return {names[p]: values[key] for p, values in states if p in names and key in values}
 
+    def names_with_state(self, key: str) -> list[str]:
+        """The trainable parameters for which the inner optimizers of all workers keep ``key``; a collective."""
+        here = set(self.names).intersection(*(self.inner_state(w, key) for w in self.local_workers))
+        found = self.channel.world.gather_all(f"the inner states {key!r} of local step {self.step}", here)
+        return [n for n in self.names if all(n in names for names in found)]
+
+    def numbers(self, what: str, here: Mapping[int, float]) -> dict[int, float]:
+        """Worker → number, of all workers, from those of ``local_workers``; a collective."""
+        found: dict[int, float] = {}
+        for of_process in self.channel.world.gather_all(f"{what} of local step {self.step}", dict(here)):
+            found |= of_process
+        return dict(sorted(found.items()))
+
     def inner_lr(self, worker: int) -> float:
         """The learning rate of the first group of the worker's first inner optimizer."""
         return float(self.inner.workers[worker].control[0][0]["lr"])
@@ -171,6 +194,11 @@ class SyncContext:
         return self.origin + (self.local_steps - self.origin) // self.interval * self.interval
 
     @property
+    def flushing(self) -> bool:
+        """Whether training is ending, and this is the last chance to send."""
+        return self._flushing
+
+    @property
     def outstanding(self) -> bool:
         """Whether something is under way, or workers have stepped since they last sent."""
         recent = {s: at for s, at in self.last_sent.items() if at > self.local_steps - 2 * self.interval}
@@ -194,6 +222,8 @@ class SyncContext:
         tag: str | None = None,
         what: str = "delta",
         codec: Codec | None = None,
+        everybody: bool = False,
+        aggregate: Aggregate | None = None,
     ) -> Transfer:
         """Workers send tensors, which are averaged; the means arrive ``delay`` local steps later.
 
@@ -203,7 +233,7 @@ class SyncContext:
         Args:
             names: names of the tensors, in the same order on all processes.
             read: gives worker i's tensors, for example :meth:`delta`; called for ``local_workers`` only.
-            workers: who sends; default all.
+            workers: who sends, of those that are there; default all of them.
             groups: disjoint groups of workers, instead of ``workers``: means are taken within each (gossip).
             weights: worker → weight ≥ 0 in the mean; default: those of the strategy's ``weights``.
             delay: local steps from sending to arrival, ≥ 0; 0: the transfer arrives at once.
@@ -211,6 +241,8 @@ class SyncContext:
             what: kind of the tensors, for the ledger: "delta", "weights", "gradients", or a word of your own. Norm,
                 cosine and drift of "weights" are those of θ − weights.
             codec: packs this transfer, instead of the run's codec; ``Identity()``: unpacked.
+            everybody: ``participation`` leaves nobody out: for the second part of a message that has arrived in part.
+            aggregate: a robust rule that takes the place of the mean; None: the mean.
 
         Returns:
             The transfer; without ``means``, and not under way, if nobody takes part, or if a flush finds that these
@@ -226,32 +258,41 @@ class SyncContext:
             raise ValueError(
                 f"`workers` (={workers!r}) and `groups` (={groups!r}) can't be combined. Give one of them."
             )
+        absent = set(range(self.num_workers)).difference(self.workers)
+        wanted = [list(self.workers if workers is None else workers)] if groups is None else groups
         order = Order(
             names=list(names),
             read=read,
-            groups=[list(g) for g in groups]
-            if groups is not None
-            else [list(self.workers if workers is None else workers)],
+            groups=[[w for w in group if w not in absent] for group in wanted],
             weights=weights,
             step=self.step,
             delay=0 if self._flushing else delay,
             tag=tag,
             what=what,
             codec=codec,
-            assigns=groups is None and self._may_assign(list(names), read, delay, what),
+            everybody=everybody,
+            aggregate=aggregate,
+            assigns=groups is None and aggregate is None and self._may_assign(list(names), read, delay, what),
         )
         count = self._sent_in_step.get((order.stream, self.step), 0)
         self._sent_in_step = {k: n for k, n in self._sent_in_step.items() if k[1] == self.step}
         self._sent_in_step[order.stream, self.step] = count + 1
-        order = replace(order, again=f", {count}" if count and not self._flushing else "")
+        order = replace(order, again=f", {count}" if count and not self._flushing else "", count=count)
         if self._flushing and not self._has_news(order):
             return Transfer(order.names, [], sent=self.step, due=self.step, tag=tag, what=what)
+        for revise, _ in self.changes:
+            order = revise(order)
         transfer = self.sender.send(order)
+        for _, amend in self.changes if transfer.means else ():
+            amend(order, transfer)
         if transfer.means:
             self.last_sent[order.stream] = self.step
-            if what != "gradients":
+            if order.of_weights:
                 self.ever_sent |= set(order.names)
             self.waiting.append(transfer)
+        elif transfer.rolled_back:
+            for w in [w for w in transfer.rolled_back if w in self.local_workers]:
+                self.merge([w], [n for n in order.names if n in self.names], self.anchor(w))
         return transfer
 
     def _may_assign(self, names: Sequence[str], read: Read, delay: int, what: str) -> bool:
@@ -282,6 +323,9 @@ class SyncContext:
         here = [t for t in self.waiting if (t.due <= self.step or landing) and tag in (None, t.tag)]
         self.waiting = [t for t in self.waiting if t not in here]
         self.taken += here
+        for transfer in here:
+            takers = transfer.workers if transfer.what != "gradients" else self.workers
+            self.machines.arrive(transfer, [w for w in takers if w in self.workers], self.step)
         return here
 
     @torch.no_grad()
@@ -320,6 +364,41 @@ class SyncContext:
                         write(tensors[n], values[n])
                     else:
                         _scatter(tensors[n], index[n], values[n], write)
+
+    # ---------------------------------------------------------------------------------------- own outer values
+
+    def share(self, transfer: Transfer, worker: int) -> float:
+        """The weight of a worker's tensors in the mean of a transfer that named no ``weights``; 0 if it has none."""
+        group = next((g for g in transfer.groups if worker in g), [])
+        weights = self.channel.weights or dict.fromkeys(group, 1.0)
+        return weights[worker] / sum(weights[w] for w in group) if group else 0.0
+
+    def outer_step(self, worker: int, names: Sequence[str], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The worker's own outer step: from its anchor, with a state of the outer optimizer that only it has.
+
+        For algorithms with ``anchors = "own"``. θ stays; :meth:`merge` takes the result over.
+
+        Args:
+            worker: hosted here.
+            names: parameters that take part.
+            delta: the pseudo-gradient that the worker applies.
+
+        Returns:
+            Parameter name → the worker's new outer value.
+        """
+        values = {n: self.anchor(worker)[n].clone() for n in names}
+        state: dict[str, dict[str, Tensor]] = {n: {} for n in names}
+        started = self.slot(worker, "outer state", like={})
+        for key in [name for w, name in self.memory.slots if w == worker and name.startswith("outer state/")]:
+            slot = self.slot(worker, key, like={})
+            for n in [n for n in names if n in slot and started.get(n, slot[n]).any()]:
+                state[n][key.partition("/")[2]] = slot[n]
+        self.outer.step_apart(names, delta, values, state)
+        for n, of_name in state.items():
+            started[n] = torch.ones((), device=values[n].device)
+            for key, value in of_name.items():
+                self.slot(worker, f"outer state/{key}", like={})[n] = value
+        return values
 
     # ---------------------------------------------------------------------------------------- memory
 

@@ -46,7 +46,7 @@ class DataParallel(SyncAlgorithm):
     @override
     def after_inner_step(self, step: int) -> None:
         ctx = self.ctx
-        ctx.outer.assign({n: ctx.weights(ctx.local_workers[0])[n] for n in ctx.names})
+        ctx.outer.assign(ctx.common_weights())
 
 
 def average_gradients(algorithm: SyncAlgorithm) -> None:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.participation import Participation
+from lightning_diloco.cluster.availability import Availability
 from lightning_diloco.codecs import Codec
 from lightning_diloco.state.outer import is_plain_average
 
@@ -53,10 +54,11 @@ def is_plain_run(
     outer_optimizer: Optimizer,
     codec: Codec | None,
     participation: Participation | None,
+    availability: Availability | None = None,
 ) -> bool:
     """Whether the run is the plain run: a single worker, whose replica the outer step assigns to θ.
 
     Nothing is attached, swapped, logged or added to checkpoints then.
     """
     plain = type(algorithm) is Diloco and is_plain_average(outer_optimizer)
-    return num_workers == 1 and plain and codec is None and participation is None
+    return num_workers == 1 and plain and codec is None and participation is None and availability is None

@@ -115,7 +115,10 @@ class SendingMeter:
                 names.setdefault(layer, []).append(name)
         lengths = {layer: euclidean_norm(theta, of_layer) for layer, of_layer in names.items()}
         scale = math.hypot(*lengths.values()) or 1.0
-        transfer.drift = tuple(norm_of.get(w, math.nan) / scale for w in self._channel.workers)
+        transfer.drift = tuple(
+            norm_of.get(w, math.nan) / scale if w in self._channel.workers else None
+            for w in range(self._channel.world.num_workers)
+        )
         for layer, values in transfer.likeness.items():
             if layer != WHOLE and values["norms"]:
                 values["drift"] = sum(values["norms"]) / len(values["norms"]) / (lengths.get(layer) or 1.0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_diloco.algorithms.aggregates import Aggregate
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.means import Differences
 
@@ -20,7 +21,10 @@ class Order:
 
     Attributes:
         assigns: the mean of the weights may be sent in place of the mean Δ, since θ will be assigned that mean.
+        everybody: ``participation`` leaves nobody out.
+        aggregate: takes the place of the mean; None: the mean.
         again: tells orders of the same stream and step apart, for random numbers; empty for the first.
+        count: how many orders of the same stream there were before in this step.
     """
 
     names: list[str]
@@ -33,12 +37,20 @@ class Order:
     what: str
     codec: Codec | None
     assigns: bool
+    everybody: bool = False
+    aggregate: Aggregate | None = None
     again: str = ""
+    count: int = 0
 
     @property
     def stream(self) -> str:
         """What successive transfers of the same things have in common."""
         return self.what if self.tag is None else f"{self.what}/{self.tag}"
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Tells it from all other orders of the run."""
+        return self.stream, self.step, self.count
 
     @property
     def where(self) -> str:

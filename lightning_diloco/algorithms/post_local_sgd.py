@@ -44,7 +44,7 @@ class PostLocalSGD(PeriodicAveraging):
     def after_inner_step(self, step: int) -> None:
         ctx = self.ctx
         if step <= self.switch:
-            ctx.outer.assign({n: ctx.weights(ctx.local_workers[0])[n] for n in ctx.names})
+            ctx.outer.assign(ctx.common_weights())
             return
         if ctx.due(step, offset=max(0, self.switch - ctx.origin)):
             ctx.send(ctx.names, ctx.delta)

@@ -36,8 +36,8 @@ class OuterStepReport:
         pseudo_gradient_norm: ‖Δ‖₂ of the mean that arrived, over the tensors that were sent (of several groups of
             workers: the mean of their norms); None without ``diagnostics``.
         drift: per worker ‖θ_i − θ‖₂ / ‖θ‖₂ over these tensors when it was sent, with θ as it was before the outer step
-            (the bare distance where ‖θ‖ = 0; NaN for a worker whose values were not finite); empty for other kinds of
-            tensors than weights and Δ, and without ``diagnostics``.
+            (the bare distance where ‖θ‖ = 0; NaN for a worker whose values were not finite, None for one that was not
+            there); empty for other kinds of tensors than weights and Δ, and without ``diagnostics``.
         cosine: mean over pairs of workers of the cosine between what they sent, as decoded by the receiver (zeros count
             as orthogonal to all); None with fewer than two participants, and without ``diagnostics``. See
             ``cosine_weighted``.
@@ -73,13 +73,20 @@ class OuterStepReport:
         inner_seconds: wall-clock seconds of this process in the workers' turns since the last report (reports of the
             same step share them), without waiting; None if unknown.
         waiting_seconds: seconds that this process has spent in collectives since then; see ``strategy.times``.
+        simulated_seconds: how long the run has taken so far on the cluster; None without one, as all that follows.
+        compute_utilisation: the fraction of their time that the cluster's workers have computed so far.
+        alive: how many of the workers that were to send were there when the transfer was sent.
+        participating: how many of them took part; those whose part is in the mean are ``participants``.
+        lost_steps: local steps that have not reached the others so far, since a worker left or a transfer failed; of
+            all workers.
+        join_bytes: bytes that joining workers have received so far.
     """
 
     step: int
     outer_step: int
     kind: str
     pseudo_gradient_norm: float | None
-    drift: tuple[float, ...]
+    drift: tuple[float | None, ...]
     cosine: float | None
     payload_bytes: int
     participants: tuple[int, ...]
@@ -101,3 +108,9 @@ class OuterStepReport:
     train_losses: tuple[float | None, ...] = ()
     inner_seconds: float | None = None
     waiting_seconds: float | None = None
+    simulated_seconds: float | None = None
+    compute_utilisation: float | None = None
+    alive: int | None = None
+    participating: int | None = None
+    lost_steps: int | None = None
+    join_bytes: int | None = None

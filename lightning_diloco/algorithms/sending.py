@@ -9,17 +9,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_diloco.algorithms.aggregating import aggregated
 from lightning_diloco.algorithms.deltas import PseudoGradients
+from lightning_diloco.algorithms.machines import Machines
 from lightning_diloco.algorithms.measuring import SendingMeter
-from lightning_diloco.algorithms.order import Order
+from lightning_diloco.algorithms.order import Order, Read
 from lightning_diloco.algorithms.participation import Participation
 from lightning_diloco.algorithms.transfer import Transfer
+from lightning_diloco.cluster.schedule import Attendance
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.means import shape_of
@@ -44,7 +47,8 @@ class Sender:
     Attributes:
         seed: the run's seed.
         codec: what packs the tensors unless an order names another; None: nothing does.
-        participation: who takes part; None: everybody.
+        participation: who takes part, of those that are there; None: everybody.
+        machines: the simulated machines, which may lose what is sent.
         diagnostics: whether norms, cosines and drifts are measured.
         writing: set once the state of the run has begun to change, after which an error leaves a half-done step.
         seconds: wall-clock time of sending in this step.
@@ -61,6 +65,7 @@ class Sender:
     codec: Codec | None
     participation: Participation | None
     diagnostics: bool
+    machines: Machines
     writing: bool = False
     seconds: float = 0.0
     before_sending: Callable[[PseudoGradients], None] | None = None
@@ -77,7 +82,9 @@ class Sender:
             ValueError: a codec is to pack numbers that it can't.
         """
         started = time.perf_counter()
-        groups = self._taking_part(order)
+        chosen = self._chosen(order)
+        attendance = self.machines.attendance(order.step, [w for group in chosen for w in group])
+        groups = self._groups(order, chosen, attendance.committed)
         known = self._agree(order, groups)
         transfer = Transfer(
             order.names,
@@ -87,6 +94,9 @@ class Sender:
             due=order.step + order.delay,
             tag=order.tag,
             what=order.what,
+            key=order.key,
+            on_links=self._groups(order, chosen, attendance.participating),
+            rolled_back=list(attendance.rolled_back),
         )
         self._reject(order, transfer, [w for group in groups for w in group if not _fine(known, w)])
         self._show(order, transfer)
@@ -101,12 +111,16 @@ class Sender:
                 break
             self._reject(order, transfer, bad)
         else:
+            if transfer.rolled_back:
+                self._send_in_vain(order, transfer)
+            self._tell(order, transfer, attendance)
             return transfer
         if self.diagnostics:
             self.meter.measure(order, transfer, known, measured)
         self.writing = True
         transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0  # a single worker has nobody to send to
         self.channel.record(transfer.what, nbytes, max(map(len, transfer.groups)), dense)
+        self._tell(order, transfer, attendance)
         transfer.seconds = time.perf_counter() - started
         self.seconds += transfer.seconds
         return transfer
@@ -118,22 +132,34 @@ class Sender:
 
     # ---------------------------------------------------------------------------------------- who takes part
 
-    def _taking_part(self, order: Order) -> list[list[int]]:
+    def _chosen(self, order: Order) -> list[list[int]]:
+        """The workers that ``participation`` chooses, per group of the order."""
         candidates = sorted(w for group in order.groups for w in group)
         if len(set(candidates)) != len(candidates) or not set(candidates) <= set(self.channel.workers):
             raise ValueError(
                 f"`workers` or `groups` (={order.groups}) must name different workers out of {self.channel.workers}."
             )
         chosen = candidates
-        if self.participation is not None:
+        if self.participation is not None and not order.everybody:
             generator = self.random(f"participation of {order.stream}{order.again}", order.step)
             chosen = self.participation(order.step, candidates, generator)
         if not isinstance(chosen, Iterable) or not set(chosen) <= set(candidates) or len(set(chosen)) != len(chosen):
             raise ValueError(
                 f"{self.participation!r} chose {chosen}, which must be different workers out of {candidates}."
             )
-        groups = [sorted(w for w in group if w in chosen) for group in order.groups]
-        return [group for group in groups if group and self._has_weight(order, group)]
+        return [sorted(w for w in group if w in chosen) for group in order.groups]
+
+    def _groups(self, order: Order, groups: Sequence[Sequence[int]], workers: Sequence[int]) -> list[list[int]]:
+        """What is left of groups with these workers alone: those that have a mean."""
+        left = [[w for w in group if w in workers] for group in groups]
+        return [group for group in left if group and self._has_weight(order, group)]
+
+    def _tell(self, order: Order, transfer: Transfer, attendance: Attendance) -> None:
+        """The simulated machines learn of a transfer."""
+        self.machines.settle(self.channel.world.gather_all)
+        codec = self._codec(order)
+        gathered = order.aggregate is not None or (codec is not None and not codec.lossless)
+        self.machines.send(transfer, attendance, gathered)
 
     @staticmethod
     def _has_weight(order: Order, group: Sequence[int]) -> bool:
@@ -156,7 +182,12 @@ class Sender:
         if codec is not None:
             self._check_encodable(order, codec)
         sending = [w for group in groups for w in group]
-        unseen = codec is not None or world.team > 1 or (world.size > 1 and not self.channel.ordered)
+        unseen = (
+            codec is not None
+            or order.aggregate is not None
+            or world.team > 1
+            or (world.size > 1 and not self.channel.ordered)
+        )
         measured = self.channel.workers if self.diagnostics and order.of_weights else sending
         norms = {w: self._norm(order, w) for w in world.workers if w in measured and (unseen or w not in sending)}
         if not self.diagnostics and not unseen:
@@ -197,14 +228,24 @@ class Sender:
         return norms
 
     def _check_encodable(self, order: Order, codec: Codec) -> None:
-        tensors = order.read(self.channel.world.workers[0])
-        for name in order.names:
-            dtype = shape_of(tensors, name).dtype
+        for name, like in self._shapes(order, self._first(order)[1]).items():
+            dtype = like.dtype
             if not dtype.is_floating_point:
                 raise ValueError(
                     f"{name!r} holds {dtype}, which {codec!r} can't pack: codecs take real floating-point tensors. Make"
                     " two real parameters of a complex one (torch.view_as_real), or use an algorithm without a codec."
                 )
+
+    def _first(self, order: Order, read: Read | None = None) -> tuple[int, Mapping[str, Tensor]]:
+        """A worker hosted here and its tensors, for their shapes; parameters for what an absent one lacks."""
+        here = next(iter(self.channel.here), self.channel.world.workers[0])
+        tensors = (read or order.read)(here)
+        lacks = not self.channel.here and any(n not in tensors for n in order.names)
+        return here, self.replicas.tensors(here) if lacks else tensors
+
+    @staticmethod
+    def _shapes(order: Order, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: shape_of(tensors, n) for n in order.names}
 
     # ---------------------------------------------------------------------------------------- finite or not
 
@@ -263,16 +304,29 @@ class Sender:
     def _codec(self, order: Order) -> Codec | None:
         return self.codec if order.codec is None else order.codec
 
-    def _average(self, order: Order, transfer: Transfer) -> tuple[list[MeanStatistics], int, int]:
-        """Puts the means into the transfer; returns what was measured, and the bytes that a worker sends, and dense."""
+    def _send_in_vain(self, order: Order, transfer: Transfer) -> None:
+        """A transfer of which a part is lost, as nobody knows before its end: the bytes cross, and nothing is kept."""
+        lost = replace(transfer, groups=transfer.on_links)
+        _, nbytes, dense = self._average(order, lost, keeps=False)
+        transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0
+        self.channel.record(transfer.what, nbytes, max(map(len, lost.groups)), dense)
+
+    def _average(self, order: Order, transfer: Transfer, keeps: bool = True) -> tuple[list[MeanStatistics], int, int]:
+        """Puts the means into the transfer; returns what was measured, and the bytes that a worker sends, and dense.
+
+        Args:
+            order: what is sent.
+            transfer: whose groups are averaged.
+            keeps: whether codecs remember what they have sent.
+        """
         codec, theta = self._codec(order), self.outer.tensors
         assigns = order.assigns and (codec is None or codec.lossless)
         read = self.replicas.tensors if assigns else order.read
         what = "weights" if assigns else order.what
         transfer.what, transfer.means, gathered, sent = what, [], [], 0
-        here = self.channel.world.workers[0]
-        known = {here: read(here)}
-        like = {n: shape_of(known[here], n) for n in order.names}
+        here, tensors = self._first(order, read)
+        known = {here: tensors}
+        like = self._shapes(order, tensors)
         dense = sum(t.nbytes for t in like.values())
 
         def read_once(worker: int) -> Mapping[str, Tensor]:
@@ -283,7 +337,18 @@ class Sender:
             statistics = MeanStatistics(origin, self.meter.layers) if self.diagnostics else None
             given = order.weights
             weights = None if given is None else [given[w] for w in group]
-            if codec is None:
+            if order.aggregate is not None:
+                self.writing = True  # codecs and rules remember
+                mean, nbytes = aggregated(
+                    order,
+                    group,
+                    (read_once, like, statistics),
+                    (self.channel, self.memory, theta),
+                    codec,
+                    lambda w: self.random(f"codec of {order.stream}{order.again}", order.step, w),
+                )
+                nbytes = nbytes or dense
+            elif codec is None:
                 mean = self.channel.mean(order.names, read_once, group, weights, like, statistics)
                 nbytes = dense
             else:
@@ -293,7 +358,7 @@ class Sender:
                     order.names,
                     read_once,
                     codec,
-                    partial(self.memory.codec, order.stream),
+                    partial(self.memory.codec if keeps else self.memory.copy_of_codec, order.stream),
                     drawn.__getitem__,
                     group,
                     weights,

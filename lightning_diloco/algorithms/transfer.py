@@ -38,6 +38,11 @@ class Transfer:
         likeness: numbers of the report, layer by layer (of all layers together under ""), as plain values for files;
             empty without diagnostics.
         seconds: wall-clock time of sending.
+        key: tells it from all others of the run.
+        rolled_back: workers that took part in vain: a part was lost, and all of them return to their anchors.
+        attendance: how many workers were there, and how many took part.
+        on_links: per group, the workers that sent: also those that were found to be not finite, and those of a
+            transfer that was rolled back.
     """
 
     names: list[str]
@@ -52,9 +57,13 @@ class Transfer:
     means: list[Mapping[str, Tensor]] = field(default_factory=list)
     norm: float | None = None
     cosine: float | None = None
-    drift: tuple[float, ...] = ()
+    drift: tuple[float | None, ...] = ()
     likeness: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
+    key: tuple[str, int, int] = ("", 0, 0)
+    on_links: list[list[int]] = field(default_factory=list)
+    rolled_back: list[int] = field(default_factory=list)
+    attendance: list[int] = field(default_factory=lambda: [0, 0])
 
     @property
     def senders(self) -> list[int]:

@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Any, Literal, NamedTuple, cast
 
 from lightning_diloco.cluster import inputs
+from lightning_diloco.cluster.availability import Availability
 from lightning_diloco.cluster.patterns import PATTERNS, Pattern, default_pattern, hops, link_seconds, sent_bytes
 
 NetworkName = Literal["high", "medium", "low"]
@@ -69,6 +70,7 @@ class Cluster:
         jitter: σ of a lognormal factor with mean 1 on the seconds of each step, drawn for each worker and step
             independently. 0: none.
         seed: of the jitter.
+        availability: when workers are there, and what is lost; None: always, nothing.
 
     Raises:
         ValueError: a number is missing, out of bounds, not finite, or a list has the wrong shape.
@@ -84,6 +86,7 @@ class Cluster:
     first_sync_overhead_s: float = 0.0
     jitter: float = 0.0
     seed: int = 0
+    availability: Availability | None = None
 
     def __post_init__(self) -> None:
         values: dict[str, Any] = {
@@ -109,6 +112,11 @@ class Cluster:
                     "Cluster: `upload_gbit_s` can't be combined with a matrix of `bandwidth_gbit_s`, which has both"
                     " directions already: row i, column j is the link from worker i to worker j."
                 )
+        if self.availability is not None and not isinstance(self.availability, Availability):
+            raise ValueError(
+                f"Cluster: `availability` (={self.availability!r}) must be an Availability, like"
+                " Availability(drop_rate=0.1), or None."
+            )
         if self.pattern is not None and self.pattern not in PATTERNS:
             raise ValueError(
                 f"Cluster: `pattern` (={self.pattern!r}) must be one of {', '.join(map(repr, PATTERNS))}, or None."
@@ -191,6 +199,8 @@ class Cluster:
         """
         for name in ("step_seconds", "bandwidth_gbit_s", "latency_ms", "upload_gbit_s"):
             inputs.check_length("Cluster", name, getattr(self, name), num_workers)
+        if self.availability is not None:
+            self.availability.check(num_workers)
 
     def with_step_seconds(self, step_seconds: float | Sequence[float]) -> "Cluster":
         """The same cluster with other seconds per step: those that were measured."""

@@ -13,6 +13,7 @@ codec                         bytes for n elements (float32)  source
 :class:`Uniform`              n·bits/8 + 8                    MuLoCo ("linear"), arXiv 2505.23725
 :class:`Statistical`          n·bits/8 + 4·2^bits             MuLoCo, arXiv 2505.23725
 :class:`TopK`                 n·k/chunk·(4 + index bits/8)    SparseLoCo, arXiv 2508.15706
+:class:`DCT`                  k·(4 + index bits/8) per block  DeMo, arXiv 2411.19870
 :class:`RandomK`              4·fraction·n + 8                Streaming DiLoCo's random dropping
 :class:`ErrorFeedback`        those of the codec inside       Seide et al. 2014; arXiv 1901.09847
 ============================  ==============================  =========================================
@@ -20,6 +21,7 @@ codec                         bytes for n elements (float32)  source
 
 from lightning_diloco.codecs.base import Codec, Payload, payload_bytes
 from lightning_diloco.codecs.cast import Cast
+from lightning_diloco.codecs.dct import DCT
 from lightning_diloco.codecs.error_feedback import ErrorFeedback
 from lightning_diloco.codecs.fp4 import FP4
 from lightning_diloco.codecs.identity import Identity
@@ -30,6 +32,7 @@ from lightning_diloco.codecs.topk import TopK
 from lightning_diloco.codecs.uniform import Uniform
 
 __all__ = [
+    "DCT",
     "FP4",
     "Cast",
     "Codec",

@@ -53,7 +53,7 @@ class Channel:
             back end's all-reduce.
 
     Attributes:
-        workers: global ids of all workers.
+        workers: global ids of the workers that are there: all, unless the engine says otherwise; ascending.
         ledger: what was sent, as far as it was recorded.
         weights: worker → weight > 0 in every mean that names none; None: equal weights.
     """
@@ -65,6 +65,31 @@ class Channel:
         self.weights: Mapping[int, float] | None = None
         self.clock = clock
         self.ordered = ordered
+
+    @property
+    def here(self) -> list[int]:
+        """Those of ``workers`` that this process hosts; there may be none."""
+        return [w for w in self.world.workers if w in self.workers]
+
+    @property
+    def on_all_processes(self) -> bool:
+        """Whether every process hosts one of ``workers``."""
+        hosts = {self.world.host(w, member) for w in self.workers for member in range(self.world.team)}
+        return len(hosts) == self.world.size
+
+    def common(self, names: Sequence[str], read: Read, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors that all workers hold alike: a worker's of this process, or sent to where there is none.
+
+        All processes call it together.
+
+        Args:
+            names: names of the tensors, in the same order on all processes.
+            read: gives worker i's tensors.
+            like: name → a tensor of the right shape, dtype and device.
+        """
+        if self.on_all_processes:
+            return {n: t for n, t in read(self.here[0]).items() if n in names}
+        return self.copies_of(self.workers[0], names, read, like)
 
     @torch.no_grad()
     def mean(
@@ -85,7 +110,7 @@ class Channel:
             names: names of the tensors, in the same order on all processes.
             read: gives worker i's tensors; called once for each participant hosted here. Shapes and dtypes are equal
                 for all workers.
-            workers: the participants; default all.
+            workers: the participants; default all that are there.
             weights: a weight ≥ 0 per participant, normalised to sum 1 here; default: the channel's ``weights``.
             like: name → a tensor of the right shape, dtype and device; default: the tensors that ``read`` gives for the
                 first worker hosted here.

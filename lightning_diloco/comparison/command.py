@@ -11,11 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
+from lightning_diloco.cluster import Cluster
 from lightning_diloco.comparison.comparing import compare
 from lightning_diloco.comparison.requirements import needed
 from lightning_diloco.comparison.results import Comparison
@@ -96,12 +97,13 @@ def main(args: Sequence[str] | None = None) -> Comparison:
         comparison = compare(
             Configured(L.LightningModule, _plain(given.model)),
             Configured(L.LightningDataModule, _plain(given.data)),
-            _runs(given.runs),
+            _runs(given.runs, given.cluster),
             trainer=Configured(L.Trainer, _plain(given.trainer), arguments_only=True),
             folder=given.folder,
             seeds=given.seeds,
             processes=given.processes,
             progress_bar=given.progress_bar,
+            cluster=_cluster(given.cluster),
         )
         table = comparison.table(given.metrics, given.against, given.format)
         y = given.metrics[0] if given.metrics else comparison.metrics[0]
@@ -138,7 +140,16 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--against", type=str | None, default=None, help="run from which differences are taken")
     parser.add_argument("--format", type=str | dict[str, str], default=".4f", help="of numbers, or one per metric")
     parser.add_argument(
-        "--x", type=Literal["step", "samples", "bytes", "seconds"], default="step", help="axis of the figure"
+        "--x",
+        type=Literal["step", "samples", "bytes", "seconds", "simulated_seconds"],
+        default="step",
+        help="axis of the figure",
+    )
+    parser.add_argument(
+        "--cluster",
+        type=Cluster | None,
+        default=None,
+        help="simulated machines of the runs that have none of their own",
     )
     return parser
 
@@ -156,8 +167,17 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _runs(given: Mapping[str, Any]) -> dict[str, Any]:
+def _cluster(given: Namespace | None) -> Cluster | None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--cluster", type=Cluster | None)
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # until jsonargparse 4.48
+    parsed = parser.parse_object({"cluster": None if given is None else given.as_dict()})
+    return cast("Cluster | None", instantiate(parsed).cluster)
+
+
+def _runs(given: Mapping[str, Any], cluster: Namespace | None) -> dict[str, Any]:
     """The runs of ``compare``, whose strategies are made from YAML."""
+    shared = {} if cluster is None else {"cluster": cluster.as_dict()}
     runs: dict[str, Any] = {}
     for name, spec in given.items():
         if not isinstance(spec, Mapping):
@@ -165,7 +185,7 @@ def _runs(given: Mapping[str, Any]) -> dict[str, Any]:
         elif "grid" in spec:
             if len(spec) > 1:
                 raise ValueError(f"`runs[{name!r}]` has {sorted(spec)}: beside `grid` there can be nothing else.")
-            runs |= {label: Run(_strategy(label, arguments)) for label, arguments in grid(name, **spec["grid"]).items()}
+            runs |= {label: Run(_strategy(label, shared | made)) for label, made in grid(name, **spec["grid"]).items()}
         elif spec.keys() & {"strategy", "times", "trainer", "module"} or isinstance(spec.get("data"), Mapping):
             unknown = spec.keys() - set(inspect.signature(Run).parameters)
             if unknown:
@@ -173,9 +193,9 @@ def _runs(given: Mapping[str, Any]) -> dict[str, Any]:
                     f"`runs[{name!r}]` has {sorted(unknown)}; a run has strategy, times, trainer, module, data."
                 )
             strategy = spec.get("strategy")
-            runs[name] = Run(**{**spec, "strategy": None if strategy is None else _strategy(name, strategy)})
+            runs[name] = Run(**{**spec, "strategy": None if strategy is None else _strategy(name, shared | strategy)})
         else:
-            runs[name] = Run(_strategy(name, spec))
+            runs[name] = Run(_strategy(name, shared | dict(spec)))
     return runs
 
 

@@ -13,6 +13,7 @@ from lightning import LightningModule
 from tqdm import tqdm
 
 from lightning_diloco.arguments import as_integer, check_bool, check_count
+from lightning_diloco.cluster import Cluster
 from lightning_diloco.comparison.folder import Folder
 from lightning_diloco.comparison.processes import train_in_processes
 from lightning_diloco.comparison.recording import COLUMNS, Row
@@ -34,6 +35,7 @@ def compare(
     seeds: int | Sequence[int] = 5,
     processes: int = 1,
     progress_bar: bool = True,
+    cluster: Cluster | None = None,
 ) -> Comparison:
     """Trains every run with every seed, and returns their curves, table and figure.
 
@@ -73,6 +75,8 @@ def compare(
         processes: how many runs are trained at a time, each in a process with one thread. (In this process, torch uses
             as many threads as it finds, which may change the last bits of a number.)
         progress_bar: show how many runs are finished.
+        cluster: the simulated machines of all runs with arguments of DilocoStrategy, and of "DataParallel", that don't
+            name a ``cluster`` of their own (None: without one). They then have ``simulated_seconds`` in the data.
 
     Returns:
         The data, with ``table()`` and ``plot()``.
@@ -84,7 +88,7 @@ def compare(
         ModuleNotFoundError: pandas is missing; the extra ``compare`` has it.
     """
     needed("pandas", "`compare`")
-    tasks = _tasks(module, data, runs, trainer, _checked_seeds(seeds))
+    tasks = _tasks(module, data, checked_runs(runs, cluster), trainer, _checked_seeds(seeds))
     processes = check_count("processes", processes, "runs at a time")
     progress_bar = check_bool("progress_bar", progress_bar)
     home = Folder(folder)
@@ -109,7 +113,11 @@ def compare(
 
 
 def _tasks(
-    module: Any, data: Any, runs: Any, trainer: Arguments | Callable[[], Arguments], seeds: Sequence[int]
+    module: Any,
+    data: Any,
+    named: Mapping[str, Run],
+    trainer: Arguments | Callable[[], Arguments],
+    seeds: Sequence[int],
 ) -> list[Task]:
     """All that is to be trained, run by run within each seed, so that an early look has every run."""
     for name, factory in (("module", module), ("data", data)):
@@ -120,7 +128,6 @@ def _tasks(
             )
     if not callable(trainer) and not isinstance(trainer, Mapping):
         raise ValueError(f"`trainer` (={trainer!r}) must be a dict with arguments of Lightning's Trainer.")
-    named = checked_runs(runs)
     tasks = [Task(name, seed, run, module, data, trainer) for seed in seeds for name, run in named.items()]
     for task in tasks[: len(named)]:
         trainer_arguments(task)

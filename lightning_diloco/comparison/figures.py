@@ -1,4 +1,4 @@
-"""Figures of a comparison: a metric over steps, samples, bytes or seconds, with its spread over seeds.
+"""Figures of a comparison: a metric over steps, samples, bytes, seconds, with its spread over seeds.
 
 Owns the drawing. It uses matplotlib's objects only: no window opens, and no figure stays behind in ``pyplot``.
 """
@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 from lightning_diloco.comparison.requirements import needed
 
-X = Literal["step", "samples", "bytes", "seconds"]
+X = Literal["step", "samples", "bytes", "seconds", "simulated_seconds"]
 _LABELS = {
     "step": "local steps of a worker",
     "samples": "samples, all workers together",
     "bytes": "bytes sent per worker",
     "seconds": "seconds of training, workers in turn",
+    "simulated_seconds": "seconds of training on the cluster, simulated",
 }
+_LEVELS = {"bytes": "sends nothing", "simulated_seconds": "has no clock"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart, in the order of their contrast to white
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
@@ -41,8 +43,9 @@ def draw(frame: Any, y: str, x: X, runs: Sequence[str], ax: Any = None) -> Any:
         look = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _STYLES[i // len(_COLOURS) % len(_STYLES)]}
         seeds = frame[frame["run"] == name].groupby("step")
         mean, sd, at = seeds[y].mean(), seeds[y].std(ddof=1).fillna(0.0), seeds[x].mean()
-        if x == "bytes" and not at.iloc[-1]:  # nothing is sent: the level that others are compared with
-            ax.axhline(mean.iloc[-1], label=f"{name} (sends nothing)", lw=1.5, **look)
+        nowhere = x in _LEVELS and not at.iloc[-1] > 0  # no place on the axis: the level that others are compared with
+        if nowhere:
+            ax.axhline(mean.iloc[-1], label=f"{name} ({_LEVELS[x]})", lw=1.5, **look)
             ax.axhspan(mean.iloc[-1] - sd.iloc[-1], mean.iloc[-1] + sd.iloc[-1], color=look["color"], alpha=0.15, lw=0)
             continue
         shown = at > 0 if x == "bytes" else at >= 0

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightning_diloco.comparison.recording import Row
+from lightning_diloco.comparison.recording import SIMULATED, Row
 from lightning_diloco.comparison.runs import file_name
 from lightning_diloco.comparison.training import Task
 
@@ -69,7 +69,7 @@ class Folder:
                 f" {'; '.join(_differences(then, now))}. Give the run another name, take another `folder`, or delete"
                 f" {file}."
             )
-        return list(rows)
+        return [{SIMULATED: float("nan"), **row} for row in rows]  # files from before there were clusters lack it
 
     def describe(self, tasks: Sequence[Task]) -> None:
         """Writes what is being compared, with the versions in use."""

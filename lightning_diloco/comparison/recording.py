@@ -20,7 +20,11 @@ from lightning_diloco.callback import DilocoCallback, suffix_of
 from lightning_diloco.strategy import DilocoStrategy
 
 Row = dict[str, Any]
-COLUMNS = ("run", "seed", "num_nodes", "diloco_interval", "step", "samples", "bytes", "seconds", "final", "train_loss")
+SIMULATED = "simulated_seconds"
+COLUMNS = (
+    *("run", "seed", "num_nodes", "diloco_interval", "step", "samples", "bytes", "seconds", SIMULATED, "final"),
+    "train_loss",
+)
 """Columns of every comparison; the validation's metrics follow."""
 
 
@@ -34,8 +38,9 @@ class Recorder(L.Callback):
     Attributes:
         rows: the validations so far, as dicts with the keys ``step`` (local steps), ``samples`` (that all workers have
             trained on; NaN if a batch has no tensor that tells), ``bytes`` (that a worker has sent, in one direction:
-            the ledger's total), ``seconds`` (of training, without validations), ``final``, ``train_loss`` (mean over
-            workers and over the batches since the row before) and the validation's metrics.
+            the ledger's total), ``seconds`` (of training, without validations), ``simulated_seconds`` (of the
+            strategy's clock; NaN without one), ``final``, ``train_loss`` (mean over workers and over the batches since
+            the row before) and the validation's metrics.
         logger: passes on what Lightning logs in validations; belongs among the Trainer's loggers.
     """
 
@@ -90,6 +95,7 @@ class Recorder(L.Callback):
                 "samples": self._samples,
                 "bytes": trainer.strategy.ledger.total_bytes if isinstance(trainer.strategy, DilocoStrategy) else 0,
                 "seconds": self._seconds,
+                SIMULATED: self._simulated_seconds(trainer.strategy),
                 "final": final,
                 "train_loss": self._mean_loss(),
                 **metrics,
@@ -106,6 +112,11 @@ class Recorder(L.Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             now = time.perf_counter()
             self._seconds, self._since = self._seconds + now - self._since, now
+
+    def _simulated_seconds(self, strategy: Any) -> float:
+        if not isinstance(strategy, DilocoStrategy) or strategy._settings.cluster is None:
+            return float("nan")
+        return strategy.clock.seconds
 
     def _mean_loss(self) -> float:
         """Of the batches since the last row; of the last row's again, if there is none."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from lightning_diloco.comparison.figures import X, draw
-from lightning_diloco.comparison.recording import COLUMNS
+from lightning_diloco.comparison.recording import COLUMNS, SIMULATED
 from lightning_diloco.comparison.tables import Table, make_table
 
 
@@ -26,6 +26,9 @@ class Comparison:
             ``bytes``             bytes that a worker has sent, in one direction: the ledger's total
             ``seconds``           seconds of training so far, without validations, on this machine, where the workers
                                   of a run take turns (and other runs may run beside it)
+            ``simulated_seconds`` seconds that training would have taken so far on the run's ``cluster``, without
+                                  validations: ``strategy.clock.seconds``. Missing for runs without a cluster, as plain
+                                  Trainers are. With measured steps, up to the last synchronisation
             ``final``             whether the validation came after the fit, with the outer model θ; those during the
                                   fit see the strategy's ``eval_weights``
             ``train_loss``        mean over workers and over the local steps since the validation before
@@ -70,11 +73,12 @@ class Comparison:
         """Draws a metric: a line of means over the seeds, and a band of ± one standard deviation, per run.
 
         Where only some seeds got as far, the mean is over those. Over ``bytes``, on a logarithmic axis, runs that send
-        nothing are level lines at their last value.
+        nothing are level lines at their last value, as are runs without a clock over ``simulated_seconds``.
 
         Args:
             y: ``train_loss`` or a metric of the validation.
-            x: "step", "samples", "bytes" or "seconds" (measured on this machine).
+            x: "step", "samples", "bytes", "seconds" (measured on this machine) or "simulated_seconds" (on the runs'
+                clusters).
             runs: names of the runs to draw, in their order; None: all.
             ax: matplotlib Axes to draw on; None: those of a new figure.
 
@@ -83,20 +87,26 @@ class Comparison:
             notebook.
 
         Raises:
-            ValueError: there is no such metric, axis or run.
+            ValueError: there is no such metric, axis or run, or no run has simulated seconds.
         """
         self._check_column("y", y)
         if x not in get_args(X):
             raise ValueError(f"`x` (={x!r}) must be one of {', '.join(map(repr, get_args(X)))}.")
         for run in runs or ():
             self._check_run("runs", run)
-        return draw(self.data, y, x, self.runs if runs is None else runs, ax)
+        chosen = self.runs if runs is None else runs
+        if x == SIMULATED and self.data[self.data["run"].isin(chosen)][x].isna().all():
+            raise ValueError(
+                "`x` is 'simulated_seconds', but no run has a clock. Give `compare` a `cluster`, as in"
+                " `compare(..., cluster=Cluster(step_seconds=0.1, bandwidth_gbit_s=1, latency_ms=20))`."
+            )
+        return draw(self.data, y, x, chosen, ax)
 
     def __repr__(self) -> str:
         return f"Comparison of {len(self.runs)} runs, {self.data['seed'].nunique()} seeds: {', '.join(self.runs)}"
 
     def _check_column(self, argument: str, name: Any) -> None:
-        choices = [*self.metrics, "train_loss", "seconds"]
+        choices = [*self.metrics, "train_loss", "seconds", SIMULATED]
         if name not in choices:
             raise ValueError(f"`{argument}` names {name!r}; there are {', '.join(map(repr, choices))}.")
 

@@ -7,14 +7,15 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
 from torch.optim import Optimizer
 
 from lightning_diloco.algorithms import DataParallel
-from lightning_diloco.arguments import as_integer, check_count, plain_value
+from lightning_diloco.arguments import as_integer, check_count, check_instance, plain_value
+from lightning_diloco.cluster import Cluster
 from lightning_diloco.strategy import DilocoStrategy
 
 PLAIN, SAME_SAMPLES, DATA_PARALLEL = "plain", "same samples", "DataParallel"
@@ -77,12 +78,17 @@ def file_name(name: str) -> str:
     return quote(name, safe=" ,=+()")
 
 
-def checked_runs(runs: Any) -> dict[str, Run]:
+def checked_runs(runs: Any, cluster: Cluster | None = None) -> dict[str, Run]:
     """The runs by name, with short forms written out, each tried once.
 
+    Args:
+        runs: the argument of :func:`~lightning_diloco.compare`.
+        cluster: of the runs with arguments of DilocoStrategy that have none of their own.
+
     Raises:
-        ValueError: a run or an argument of a run is none; names the run.
+        ValueError: a run or an argument of a run is none; names the run. Or no run takes the ``cluster``.
     """
+    check_instance("cluster", cluster, Cluster, "Cluster.low(step_seconds=0.1)")
     if not isinstance(runs, Mapping) or not runs:
         raise ValueError(f"`runs` (={runs!r}) must be a dict from names to runs, of which each is {_FORMS}.")
     checked: dict[str, Run] = {}
@@ -99,8 +105,8 @@ def checked_runs(runs: Any) -> dict[str, Run]:
         if isinstance(spec, Mapping):
             spec = Run(dict(spec))
         if isinstance(spec, Run):
-            checked[name] = spec
             _check(name, spec)
+            checked[name] = spec if cluster is None else _on_cluster(name, spec, cluster)
     for name, spec in runs.items():
         if spec == PLAIN:
             checked[name] = Run()
@@ -109,6 +115,12 @@ def checked_runs(runs: Any) -> dict[str, Run]:
         elif spec == DATA_PARALLEL:
             num_nodes = _common_workers(name, spec, checked)
             checked[name] = Run({"num_nodes": num_nodes, "algorithm": DataParallel()})
+            checked[name] = checked[name] if cluster is None else _on_cluster(name, checked[name], cluster)
+    if cluster is not None and all(run.strategy is None for run in checked.values()):
+        raise ValueError(
+            f"`cluster` (={cluster!r}) has no effect: no run takes it. Plain runs have no clock; a run with arguments"
+            " of DilocoStrategy has one."
+        )
     return {name: checked[name] for name in runs}
 
 
@@ -126,6 +138,23 @@ def _check(name: str, run: Run) -> None:
         run.make_strategy()
     except (TypeError, ValueError) as error:
         raise ValueError(f"`runs[{name!r}]`: {error}") from error
+
+
+def _on_cluster(name: str, run: Run, cluster: Cluster) -> Run:
+    """The run on ``cluster``, unless it has one of its own, or None; plain runs are as they were."""
+    if run.strategy is None:
+        return run
+    if isinstance(run.strategy, Mapping):
+        on_cluster = replace(run, strategy={"cluster": cluster, **run.strategy})
+        _check(name, on_cluster)
+        return on_cluster
+    strategy = run.make_strategy()
+    if strategy is None or strategy._settings.cluster is None:
+        raise ValueError(
+            f"`runs[{name!r}]`: its strategy comes from a callable, which `cluster` can't be passed on to. Make it with"
+            " a `cluster` there, or write the strategy as a dict."
+        )
+    return run
 
 
 def _common_workers(name: str, form: str, runs: Mapping[str, Run]) -> int:

@@ -67,6 +67,8 @@ def pack(
             "optimizer": _copied(outer.optimizer.state_dict()),
         },
         "transfers": [t.state_dict() for t in context.waiting],
+        "machines": context.machines.state_dict(),
+        "own_steps": None if context.inner.own_steps is None else context.inner.own_steps.state_dict(),
         "last_sent": dict(context.last_sent),
         "ever_sent": sorted(context.ever_sent),
         "memos": _copied(context.memory.packed_memos(changed)),
@@ -75,7 +77,8 @@ def pack(
         "apart": any(
             worker["parameters"] is not None
             and not all(bitwise_equal(worker["parameters"][n].cpu(), theta.tensors[n].cpu()) for n in context.names)
-            for worker in workers.values()
+            for w, worker in workers.items()
+            if w in context.workers
         ),
     }
 
@@ -100,6 +103,9 @@ def apply(state: RunState, context: SyncContext) -> None:
     context.channel.ledger = _unpack_ledger(state["ledger"])
     device = context.channel.world.device
     context.waiting = [Transfer.from_state_dict(t, device) for t in state["transfers"]]
+    context.machines.load_state_dict(state["machines"], context.local_steps, context.waiting)
+    if context.inner.own_steps is not None and state["own_steps"] is not None:
+        context.inner.own_steps.load_state_dict(state["own_steps"])
     context.memory.unpack_memos(state["memos"], device)
     outer.assign(state["outer"]["parameters"])
     _unpack_buffers(layout, outer.state, state["outer"]["buffers"])
@@ -164,7 +170,7 @@ def _pack_worker(
     return {
         "parameters": None if all(bitwise_equal(replica[n], theta[n]) for n in theta) else _copied(replica),
         "buffers": _pack_buffers(layout, state),
-        "inner": [_pack_inner(o, s) for o, s in zip(context.inner.live, worker.states, strict=True)],
+        "inner": [pack_inner(o, s) for o, s in zip(context.inner.live, worker.states, strict=True)],
         "control": _copied(worker.control),
         "scaler": None if worker.scaler is None else _copied(worker.scaler.state_dict()),
         "random": None if stream is None else {"cpu": stream.cpu_state.clone(), "cuda": _copied(stream.cuda_state)},
@@ -187,7 +193,7 @@ def _unpack_worker(packed: WorkerState, context: SyncContext, w: int) -> None:
     _unpack_buffers(layout, context.replicas.states[w], packed["buffers"])
     _unpack_control(worker, packed["control"])
     for state, optimizer, saved in zip(worker.states, context.inner.live, packed["inner"], strict=True):
-        _unpack_inner(optimizer, state, saved)
+        unpack_inner(optimizer, state, saved)
     if worker.scaler is not None and packed["scaler"] is not None:
         worker.scaler.load_state_dict(packed["scaler"])
     member = _of_member(packed, context.channel.world)
@@ -225,7 +231,7 @@ def _unpack_control(worker: Worker, saved: Sequence[Any]) -> None:
     worker.control = _copied(list(saved))
 
 
-def _pack_inner(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
+def pack_inner(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
     """Inner state with parameters by their position in the optimizer, other keys as they are."""
     return {key: _copied(values) for key, values in _by_position(optimizer, state).items()}
 
@@ -236,7 +242,8 @@ def _by_position(optimizer: Any, state: OptimizerState) -> dict[Any, Any]:
     return {key: values for key, values in entries.items() if values != {}}  # looking for an entry leaves an empty one
 
 
-def _unpack_inner(optimizer: Any, state: OptimizerState, saved: Mapping[Any, Any]) -> None:
+def unpack_inner(optimizer: Any, state: OptimizerState, saved: Mapping[Any, Any]) -> None:
+    """The reverse of :func:`pack_inner`."""
     parameters = parameters_of(optimizer)
     state.clear()
     for key, values in saved.items():

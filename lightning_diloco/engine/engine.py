@@ -27,15 +27,18 @@ from torch import nn
 from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.context import SyncContext
 from lightning_diloco.algorithms.diloco import is_plain_run
+from lightning_diloco.algorithms.machines import Machines
 from lightning_diloco.algorithms.participation import Participation, Table
 from lightning_diloco.algorithms.report import OuterStepReport
 from lightning_diloco.algorithms.sending import Sender
+from lightning_diloco.cluster.cluster import Cluster
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.channel import Channel
 from lightning_diloco.comm.tensors import tensors_in
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine import checkpoint
 from lightning_diloco.engine.file_format import RunState
+from lightning_diloco.engine.joining import Membership, check_availability
 from lightning_diloco.engine.progress import BatchProgress
 from lightning_diloco.engine.synchronisation import Synchronisation
 from lightning_diloco.engine.telemetry import Seen
@@ -52,6 +55,7 @@ from lightning_diloco.state.live_module import LiveModule
 from lightning_diloco.state.memory import Memory
 from lightning_diloco.state.optimizers import InnerOptimizers
 from lightning_diloco.state.outer import Outer, OuterFactory
+from lightning_diloco.state.own_steps import OwnSteps
 from lightning_diloco.state.policies import Policies, PolicyApplication
 from lightning_diloco.state.randomness import RandomStream, derive_seed, process_state
 from lightning_diloco.state.replicas import Layout, ModelState, Replicas
@@ -71,6 +75,7 @@ class Engine:
         policies: see :class:`Policies`.
         codec: packs what workers send; None: the algorithm's own.
         participation: who takes part in a transfer; None: everybody.
+        cluster: the simulated machines; None: there are none.
         diagnostics: whether norms, cosines and drifts are measured.
         seed: where the workers' random streams start; used for N > 1.
         scaler_owner: the object whose ``scaler`` attribute is the gradient scaler in use, if any.
@@ -95,6 +100,7 @@ class Engine:
         policies: Policies | None = None,
         codec: Codec | None = None,
         participation: Participation | None = None,
+        cluster: Cluster | None = None,
         diagnostics: bool = True,
         seed: int = 0,
         scaler_owner: ScalerOwner | None = None,
@@ -117,7 +123,12 @@ class Engine:
         self._replicas = Replicas(layout, self.local_workers)
         self._outer = Outer(layout, self._replicas.module_state, outer_factory)
         codec = codec or algorithm.codec
-        self._plain_settings = codec, participation
+        availability = None if cluster is None else cluster.availability
+        if availability is not None:
+            check_availability(availability, type(algorithm).__name__, algorithm.looks_at_gradients)
+        gradient_bytes = sum(self._outer.tensors[n].nbytes for n in self._outer.names)
+        machines = Machines(cluster, num_workers, gradient_bytes)
+        self._plain_settings = codec, participation, availability
         if not self._is_plain:
             refuse_untrainable(module)
         solo = num_workers == 1
@@ -127,7 +138,8 @@ class Engine:
             refuse_foreign_tensors(module, optimizers)
             refuse_overlaps(layout)
         worker_streams = dict.fromkeys(streams) if solo else streams
-        self._inner = InnerOptimizers(optimizers, scaler_owner, worker_streams, schedulers, initial)
+        own_steps = None if availability is None else OwnSteps(num_workers)
+        self._inner = InnerOptimizers(optimizers, scaler_owner, worker_streams, schedulers, initial, own_steps)
         if isinstance(participation, Table):
             participation.check(num_workers)
         memory = Memory(self._replicas, algorithm.anchors == "own")
@@ -139,8 +151,18 @@ class Engine:
             inner=self._inner,
             memory=memory,
             sender=Sender(
-                self._replicas, self._outer, memory, channel, self.policies, seed, codec, participation, diagnostics
+                self._replicas,
+                self._outer,
+                memory,
+                channel,
+                self.policies,
+                seed,
+                codec,
+                participation,
+                diagnostics,
+                machines,
             ),
+            machines=machines,
             interval=interval,
             num_workers=num_workers,
         )
@@ -159,10 +181,9 @@ class Engine:
         self.progress = BatchProgress()
         self.stopwatch = Stopwatch(lambda: self.world.waiting.seconds)
         self.seen = Seen(self.local_workers)
-        looks_at_gradients = type(algorithm).needs_gradients is not SyncAlgorithm.needs_gradients
-        self.turns = Turns(
-            self.context, self._live_module, self.progress, not solo or looks_at_gradients, self.stopwatch
-        )
+        self._membership = Membership(self.context, algorithm)
+        banks = not solo or algorithm.looks_at_gradients
+        self.turns = Turns(self.context, self._live_module, self.progress, banks, self.stopwatch)
         self._hooks: list[Any] = []
         self._watch_groups()
         algorithm.ctx = self.context
@@ -179,6 +200,25 @@ class Engine:
     def turn(self, worker: int, keep_gradients: bool = False) -> AbstractContextManager[None]:
         """See :meth:`Turns.turn`."""
         return self.turns.turn(worker, keep_gradients)
+
+    def begin_step(self) -> list[int]:
+        """Workers leave and join before the coming local step; returns those of this process that are there.
+
+        All processes call it together before the turns; once per local step something happens.
+        """
+        self._membership.enter(self.local_steps + 1)
+        return self.context.local_workers
+
+    @property
+    def present(self) -> list[int]:
+        """The workers of this process that are there; there may be none."""
+        return self.context.local_workers
+
+    @property
+    def active(self) -> list[int]:
+        """The workers of this process that take the coming local step."""
+        chosen = self.algorithm.active(self.local_steps + 1)
+        return [w for w in self.context.local_workers if w in chosen]
 
     def use_weights(self, weights: Mapping[int, float] | None) -> None:
         """From now on workers have these weights in every mean for which the algorithm names none; None: equal ones."""
@@ -200,6 +240,7 @@ class Engine:
             self.progress.forget()
             return []
         self.context.local_steps += 1
+        counts = self._count_own_steps()
         self._live_module.note_steps()
         try:
             self.broadcast_buffers_in_team()
@@ -213,10 +254,22 @@ class Engine:
         except BaseException:
             self.progress.in_outer_step = self.context.sender.writing  # else nothing was written yet
             self.context.local_steps -= 1
+            if self._inner.own_steps is not None:
+                self._inner.own_steps.take_back(counts)
             raise
         self.progress.moved_late = False
         self.progress.forget()
         return reports
+
+    def _count_own_steps(self) -> list[int]:
+        """Returns the counts from before."""
+        own = self._inner.own_steps
+        if own is None:
+            return []
+        self._inner.adopt_outside_changes()  # from before the step, where no turn has: all of the workers may be absent
+        before, active = list(own.counts), self.algorithm.active(self.local_steps)
+        own.stepped([w for w in self.context.workers if w in active])
+        return before
 
     def _agreed_step(self) -> bool:
         """Whether an optimizer of any worker has stepped in this batch. A process may host no active worker."""
@@ -228,7 +281,8 @@ class Engine:
     @property
     def differs_in_active_workers(self) -> bool:
         """Whether workers may be active on some processes and not on others."""
-        return self.world.size > 1 and type(self.algorithm).active is not SyncAlgorithm.active
+        chooses = type(self.algorithm).active is not SyncAlgorithm.active
+        return self.world.size > 1 and (chooses or self.context.machines.schedule is not None)
 
     def _after_synchronisation(self, reports: Sequence[OuterStepReport]) -> None:
         if reports:
@@ -368,6 +422,7 @@ class Engine:
             )
         if not self.views.open and not self.finished:
             self._inner.adopt_outside_changes()
+        self.context.machines.settle(self.world.gather_all)
         random = self.views.outside_random or process_state()
         self.progress.in_outer_step = self.progress.in_outer_step or self.context.sender.writing
         changed = set() if self.views.open or self.finished else self._live_module.written().keys()
@@ -401,6 +456,7 @@ class Engine:
             )
         self._live_module.set_plain_run(False)
         checkpoint.apply(state, self.context)
+        self._membership.follow()
         self._synchronisation.buffers_at = state["buffers_at"]
         self.seen.resume(state["samples"])
         self.progress.load_state_dict(state["torn"])

@@ -12,12 +12,14 @@ from typing_extensions import NotRequired, TypedDict
 
 from lightning_diloco.comm.tensors import bitwise_equal
 
-VERSION = 3
+VERSION = 4
 _DAMAGED = "the file is damaged. Resume from another file."
 GROUPING = "parameters of the outer optimizer"  # the entry of a run's settings that maps each name to its group
 
 Packed = dict[str, Any]
-WEIGHTS = "weights"  # the entry that files from before this setting lack
+WEIGHTS = "weights"
+AVAILABILITY = "availability of the cluster"
+_BEFORE = {WEIGHTS: "uniform", AVAILABILITY: "None"}  # what runs had before there were these settings
 
 
 class StreamState(TypedDict):
@@ -108,6 +110,8 @@ class RunState(TypedDict):
     ledger: LedgerState
     outer: OuterState
     transfers: list[Packed]  # under way
+    machines: Packed | None  # clock and tally of the simulated cluster
+    own_steps: Packed | None  # of workers that don't step together
     last_sent: dict[str, int]  # stream of transfers → local step
     ever_sent: list[str]  # parameters whose weights, or Δ, workers have sent
     memos: dict[str, dict[str, Tensor]]
@@ -183,7 +187,7 @@ def check_settings(saved: Packed, given: Packed, source: str) -> None:
     Raises:
         ValueError: names those that differ, with both values.
     """
-    saved = {WEIGHTS: "uniform", **saved}
+    saved = {**_BEFORE, **saved}
     both = {key: (saved.get(key), value) for key, value in given.items()}
     if GROUPING in given:  # of the parameters that were trainable at the start of both runs
         then, now = saved.get(GROUPING, {}), given[GROUPING]

@@ -54,6 +54,7 @@ class Synchronisation:
     def before_inner_steps(self) -> None:
         """All backward passes of a step are done, no worker has stepped yet."""
         self._context.step = self._context.local_steps + 1
+        self._tell_step()
         self._algorithm.before_inner_step(self._context.step)
         # a file of a step that an error tears now is right, unless codecs have noted what they sent
         codec = self._context.sender.codec
@@ -64,6 +65,7 @@ class Synchronisation:
         """After the turns of a local step, which has been counted."""
         ctx = self._context
         self._begin()
+        self._tell_step()
         sent_before = dict(ctx.last_sent)
         self._algorithm.after_inner_step(ctx.step)
         silent = not ctx.taken and ctx.last_sent == sent_before
@@ -85,7 +87,10 @@ class Synchronisation:
         ctx.flush(self._algorithm.flush, moved_late)
         reports = self._conclude("flush")
         if not reports:
+            sent_before = ctx.ledger.total_bytes
             self.policies.synchronise_buffers()
+            ctx.machines.exchange("buffers", ctx.ledger.total_bytes - sent_before, ctx.workers, ctx.step)
+        ctx.machines.settle(ctx.channel.world.gather_all)
         self.publish()
         ctx.sender.writing = False
         shows_theta = self._algorithm.published == "outer" and not self._live.is_plain_run
@@ -97,6 +102,13 @@ class Synchronisation:
                 stacklevel=5,
             )
         return reports
+
+    def _tell_step(self) -> None:
+        """The simulated machines learn of the local step, before anything is sent in it."""
+        ctx = self._context
+        if ctx.machines.clock is not None:
+            ctx.machines.resize(sum(ctx.outer.tensors[n].nbytes for n in ctx.names))
+            ctx.machines.step(ctx.step, [w for w in self._algorithm.active(ctx.step) if w in ctx.workers])
 
     def _workers_left_theta(self) -> bool:
         ctx = self._context
@@ -149,6 +161,8 @@ class Synchronisation:
         for i, transfer in enumerate(ctx.taken):
             began, sent_before = time.perf_counter(), ctx.ledger.total_bytes
             self._apply_policies(transfer, at_the_end=kind == "flush" and i == 0)
+            beside = ctx.ledger.total_bytes - sent_before
+            ctx.machines.exchange(f"beside {i}", beside, transfer.senders, ctx.step)
             ctx.outer_steps += 1
             measured = self._measured(transfer)
             reports.append(
@@ -159,13 +173,14 @@ class Synchronisation:
                     pseudo_gradient_norm=transfer.norm,
                     drift=transfer.drift,
                     cosine=transfer.cosine,
-                    payload_bytes=transfer.nbytes + ctx.ledger.total_bytes - sent_before,
+                    payload_bytes=transfer.nbytes + beside,
                     participants=tuple(transfer.senders),
                     seconds=transfer.seconds + taking_in / len(ctx.taken) + time.perf_counter() - began,
                     sent_step=transfer.sent,
                     tag=transfer.tag,
                     names=len(transfer.names),
                     **measured,
+                    **ctx.machines.readings(transfer),
                 )
             )
         ctx.taken, ctx.merged = [], set()
@@ -206,10 +221,10 @@ class Synchronisation:
         ctx = self._context
         if self._algorithm.published == "outer":
             return ctx.outer.tensors
-        here = ctx.replicas.tensors(ctx.local_workers[0])
-        names = [n for n in ctx.names if is_floating(here[n])]
+        theta = ctx.outer.tensors
+        names = [n for n in ctx.names if is_floating(theta[n])]
         mean = ctx.channel.mean(names, ctx.replicas.tensors)
-        return {**ctx.outer.tensors, **{n: t.to(here[n].dtype) for n, t in mean.items()}}
+        return {**theta, **{n: t.to(theta[n].dtype) for n, t in mean.items()}}
 
     def publish(self) -> None:
         """Puts the published model into the live module; all processes call it together."""

@@ -61,6 +61,11 @@ class Stopwatch:
         self._charge()
         return Times(**self._spent, waiting=self._waited() - self._waited_first)
 
+    @property
+    def inner(self) -> float:
+        """Seconds of the turns that have ended."""
+        return self._spent["inner"]
+
     def stop(self) -> None:
         """The fit has ended, and later collectives are none of its own."""
         self._final = self.times

@@ -86,6 +86,7 @@ class Turns:
         if self.current_worker is not None:
             raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
         self.current_worker = worker
+        before = self._stopwatch.inner
         try:
             with (
                 self._stopwatch.part("inner"),
@@ -94,6 +95,7 @@ class Turns:
                 yield
         finally:
             self.current_worker = None
+            self._context.machines.worked(worker, self._stopwatch.inner - before)
 
     @contextmanager
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:

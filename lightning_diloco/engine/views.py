@@ -174,20 +174,23 @@ class Views:
             return layout.copy_of(self._context.outer.state)
         if isinstance(which, int):
             return layout.copy_of(replicas.states[which])
-        channel, here = self._context.channel, self._context.local_workers[0]
-        scratch = layout.copy_of(replicas.states[here])
+        channel = self._context.channel
+        first = channel.workers[0]  # worker 0, unless it has left
+        scratch = layout.copy_of(replicas.states[(channel.here or channel.world.workers)[0]])
         if which == "worker" and self._context.channel.world.size == 1:
             return scratch
         application = self._policies
         survey = application.survey(f"an evaluation after {self._context.local_steps} local steps")
         if which == "worker":
-            values = channel.copies_of(0, layout.names, replicas.tensors, scratch.tensors)
+            values = channel.copies_of(first, layout.names, replicas.tensors, scratch.tensors)
         else:
             differing = [n for n in layout.names if n not in layout.frozen or not application.same(survey, n)]
             floating = [n for n in differing if is_floating(scratch.tensors[n])]
             values = channel.mean(floating, replicas.tensors)
             others = [n for n in differing if n not in values]
-            values |= channel.copies_of(0, others, replicas.tensors, scratch.tensors)
+            values |= channel.copies_of(first, others, replicas.tensors, scratch.tensors)
+            equal = [n for n in layout.names if n not in values]
+            values |= {} if channel.on_all_processes else channel.common(equal, replicas.tensors, scratch.tensors)
         for name, value in values.items():
             scratch.tensors[name].copy_(value)
         common = application.common_buffers(self._context.workers, survey, first=which == "worker")

@@ -27,7 +27,18 @@ SCALARS = (
 )
 """A value per outer step."""
 
-COUNTERS = ("diloco/outer_step", "diloco/samples", "diloco/comm_bytes")
+OF_CLUSTER = (
+    "diloco/simulated_seconds",
+    "diloco/compute_utilisation",
+    "diloco/alive",
+    "diloco/participating",
+    "diloco/committed",
+    "diloco/lost_steps",
+    "diloco/join_bytes",
+)
+"""A value per outer step more, with a simulated cluster."""
+
+COUNTERS = ("diloco/outer_step", "diloco/samples", "diloco/comm_bytes", "diloco/simulated_seconds")
 """Of these, those that only grow: TensorBoard gets no chart of them."""
 
 OF_WORKERS = ("drift", "norm", "cosine_with_mean", "train_loss")
@@ -47,7 +58,7 @@ OF_LAYERS = (
 
 
 def scalars(report: OuterStepReport, total_bytes: int) -> dict[str, float]:
-    """Tag out of :data:`SCALARS` → value, of those that the report has.
+    """Tag out of :data:`SCALARS` and :data:`OF_CLUSTER` → value, of those that the report has.
 
     Args:
         report: the outer step.
@@ -57,7 +68,7 @@ def scalars(report: OuterStepReport, total_bytes: int) -> dict[str, float]:
         "pseudo_gradient_norm": report.pseudo_gradient_norm,
         "update_norm": report.update_norm,
         "outer_norm": report.outer_norm,
-        "drift": _mean(report.drift),
+        "drift": _mean([drift for drift in report.drift if drift is not None]),
         "cosine": report.cosine,
         "norm_ratio": report.norm_ratio,
         "momentum_cosine": report.momentum_cosine,
@@ -69,6 +80,13 @@ def scalars(report: OuterStepReport, total_bytes: int) -> dict[str, float]:
         "outer_step": report.outer_step,
         "samples": report.samples,
         "comm_bytes": total_bytes,
+        "simulated_seconds": report.simulated_seconds,
+        "compute_utilisation": report.compute_utilisation,
+        "alive": report.alive,
+        "participating": report.participating,
+        "committed": None if report.alive is None else len(report.participants),
+        "lost_steps": report.lost_steps,
+        "join_bytes": report.join_bytes,
     }
     return {tag: float(value) for tag, value in _tagged("diloco", values).items() if value is not None}
 

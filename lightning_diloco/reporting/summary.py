@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from lightning_diloco.algorithms.diloco import Diloco
+from lightning_diloco.cluster.clock import Clock
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.reporting.plan import Plan
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
@@ -55,6 +56,9 @@ class Summary:
         """The fit has ended normally."""
         self._ended = True
         self._say(self._what_was_sent())
+        clock = self._engine.context.machines.clock
+        if clock is not None and clock.compute_utilisation is not None:
+            self._say(_on_the_cluster(clock))
         times = self._engine.stopwatch.times
         parts = {"inner steps": times.inner, "outer steps": times.outer}
         parts |= {"evaluation": times.evaluation, "waiting for other processes": times.waiting}
@@ -143,6 +147,15 @@ class Summary:
         state = int(per_byte * self._gradient_bytes()) + per_tensor * len(self._engine.context.names)
         missing = max(0, state - report["outer_state"])
         return {**report, "outer_state": report["outer_state"] + missing, "total": report["total"] + missing}
+
+
+def _on_the_cluster(clock: Clock) -> str:
+    parallel = clock.data_parallel
+    busy, of_parallel = (100 * (c.compute_utilisation or 0.0) for c in (clock, parallel))
+    return (
+        f"DiLoCo: on the cluster {clock.seconds:,.6g} s, {busy:.3g} % of them computing; data parallelism would have"
+        f" taken {parallel.seconds:,.6g} s, {of_parallel:.3g} %."
+    )
 
 
 def outer_state(factory: OuterFactory) -> tuple[float, int]:

@@ -57,7 +57,8 @@ class History:
             rows.setdefault(e.local_step, {}).update(found)
         for r in self.outer:
             row = rows.setdefault(r.step, {})
-            drift = sum(r.drift) / len(r.drift) if r.drift else None
+            drifts = [d for d in r.drift if d is not None]
+            drift = sum(drifts) / len(drifts) if drifts else None
             row.update(outer_step=r.outer_step, pseudo_gradient_norm=r.pseudo_gradient_norm, drift=drift)
             row.update(cosine=r.cosine, payload_bytes=(row.get("payload_bytes") or 0) + r.payload_bytes)
         pandas = _needed("pandas", self.to_pandas)

@@ -64,6 +64,20 @@ class Memory:
         """What a codec keeps for a tensor of a worker; ``stream``: what successive transfers have in common."""
         return self.codecs.setdefault((worker, stream, name), {})
 
+    def copy_of_codec(self, stream: str, worker: int, name: str) -> Named:
+        """As :meth:`codec`, a copy: what is written to it is not kept."""
+        return {key: t.clone() for key, t in self.codecs.get((worker, stream, name), {}).items()}
+
+    def forget(self, worker: int) -> None:
+        """A worker starts anew: its slots are zero, its anchor is its weights, and its codecs remember nothing."""
+        for (w, _), slot in self.slots.items():
+            for t in slot.values() if w == worker else ():
+                t.zero_()
+        self.codecs = {key: kept for key, kept in self.codecs.items() if key[0] != worker}
+        if self.own_anchors:
+            for n, t in self._replicas.tensors(worker).items():
+                self.anchors[worker][n].copy_(t)
+
     def rebase(self, written: Mapping[str, Tensor]) -> None:
         """Parameters were written from outside: anchors take the new values, other entries of these names start anew.
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.comm.channel import Channel
-from lightning_diloco.comm.tensors import bitwise_equal
+from lightning_diloco.comm.tensors import bitwise_equal, copied
+from lightning_diloco.state.own_steps import OwnSteps, apply
 from lightning_diloco.state.randomness import RandomStream
 from lightning_diloco.state.replicas import is_floating
 from lightning_diloco.state.worker import (
@@ -40,6 +41,7 @@ class InnerOptimizers:
         schedulers: LR schedulers that the workers step themselves (manual optimization); each worker has a state of
             them.
         initial: optimizer states right after ``configure_optimizers``; default: the present ones.
+        own_steps: lets each worker follow learning rates on its own local steps; None: all step together.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class InnerOptimizers:
         streams: Mapping[int, RandomStream | None],
         schedulers: Sequence[Any] = (),
         initial: Sequence[OptimizerState] | None = None,
+        own_steps: OwnSteps | None = None,
     ) -> None:
+        self.own_steps = own_steps
         self.live = flatten_optimizers(optimizers)
         self._outermost, self._schedulers = list(optimizers), list(schedulers)
         self._controls: list[Groups | Schedule] = [*map(Groups, self.live), *map(Schedule, schedulers)]
@@ -72,6 +76,8 @@ class InnerOptimizers:
         for i, (w, stream) in enumerate(self._streams.items()):
             self.workers[w] = Worker(self.live, self._controls, self._scaler_owner, stream, original=i == 0)
         self._known_control = [c.read() for c in self._controls]
+        if self.own_steps is not None:
+            self.own_steps.initial = copied(self._known_control)
 
     def knows(self, optimizer: Any) -> bool:
         """Whether the training loop steps ``optimizer``."""
@@ -101,12 +107,29 @@ class InnerOptimizers:
                 for h, c in zip([*self.live, *schedulers], self._controls, strict=True)
             ]
             worker.follow(self.live, self._controls)
+        if self.own_steps is not None:
+            self.own_steps.forget()
+            self.own_steps.initial = [c.read() for c in self._controls]
         self.activate_first()
 
     def activate_first(self) -> None:
         """Puts the first worker's state into the optimizers and the scaler's owner, after a turn."""
         self.first.activate()
+        for position in range(len(self._controls)):
+            self._show(position)
         self._known_control = [c.read() for c in self._controls]
+
+    def _show(self, position: int) -> None:
+        """The live groups have the latest values, also if the first worker has not come so far."""
+        if self.own_steps is not None:
+            control = self.first.control[position]
+            self._controls[position].write(self.own_steps.shown(position, control))
+
+    def start_anew(self, worker: int) -> None:
+        """A worker has fresh inner state, and follows learning rates from the beginning."""
+        assert self.own_steps is not None
+        self.workers[worker].reset_inner_state(self.initial)
+        self.workers[worker].control = copied(self.own_steps.initial)
 
     def adopt_outside_changes(self) -> None:
         """Writes changes that schedulers and callbacks made between turns into the state of every worker."""
@@ -122,13 +145,19 @@ class InnerOptimizers:
             for g, values in enumerate(live):
                 known = before[g] if g < len(before) else {}
                 changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}
-                for w in self.workers.values():
+                if self.own_steps is not None and changed:
+                    self.own_steps.note(position, g, changed)
+                for w in self.workers.values() if self.own_steps is None else ():
                     if g == len(w.control[position]):
                         w.control[position].append({})
                     w.control[position][g].update(changed)
             for w in self.workers.values():
                 del w.control[position][len(live) :]
             self._known_control[position] = live
+        if self.own_steps is not None:
+            for i, worker in self.workers.items():
+                for change in self.own_steps.due(i):
+                    apply(change, worker.control)
 
     def watch_groups(self) -> list[Any]:
         """Notices optimizers whose ``step`` changes their groups from now on; returns the hooks' handles."""
@@ -194,6 +223,7 @@ class InnerOptimizers:
                 optimizer.state = self.first.states[position]
                 if _has_modes(optimizer):  # undoes eval() without train(), and other writes of hooks to these groups
                     self._controls[position].write(self.first.control[position])
+                    self._show(position)
             self.adopt_outside_changes()
 
     def check_averageable(self, policy: str) -> None:

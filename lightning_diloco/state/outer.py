@@ -6,6 +6,7 @@ nothing of Lightning.
 """
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from lightning_diloco.state.replicas import Layout, ModelState
 _MOMENTA = ("momentum_buffer", "exp_avg")
 
 OuterFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+StateOf = dict[str, Tensor]
+"""The outer optimizer's state for a parameter: key → tensor."""
 
 
 class Outer:
@@ -95,6 +99,43 @@ class Outer:
         for p in self.parameters.values():  # torch's optimizers skip parameters without a gradient in the next step
             p.grad = None
 
+    @torch.no_grad()
+    def step_apart(
+        self, names: Iterable[str], delta: Mapping[str, Tensor], values: dict[str, Tensor], state: dict[str, StateOf]
+    ) -> None:
+        """As :meth:`step`, for a worker that has outer values of its own: ``values`` move instead of θ.
+
+        Args:
+            names: parameters that take part.
+            delta: the worker's pseudo-gradient.
+            values: parameter name → tensor; written in place.
+            state: parameter name → the outer optimizer's state for these values; empty at first. Written in place.
+
+        Raises:
+            TypeError: the optimizer keeps something in its state that is neither a tensor nor a number.
+        """
+        names = list(names)
+        own, observer, kept = self.optimizer.state, self.observer, {n: self.parameters[n].data for n in names}
+        self.optimizer.state, self.observer = defaultdict(dict), None
+        try:
+            for n in names:
+                self.parameters[n].data = values[n]
+                if state.get(n):
+                    self.optimizer.state[self.parameters[n]] = {k: self._placed(k, v) for k, v in state[n].items()}
+            self.step(names, delta)
+            for n in names:
+                found = self.optimizer.state.get(self.parameters[n], {})
+                state[n] = {key: _as_tensor(self.optimizer, key, value) for key, value in found.items()}
+        finally:
+            self.optimizer.state, self.observer = own, observer
+            for n, data in kept.items():
+                self.parameters[n].data = data
+
+    def _placed(self, key: str, value: Tensor) -> Tensor:
+        """Torch's optimizers want their counters on the CPU, wherever a file or a move has put them."""
+        on_device = any(g.get("capturable") or g.get("fused") for g in self.optimizer.param_groups)
+        return value.cpu() if key == "step" and not on_device else value
+
     def _momenta(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Name → the momentum that torch's optimizers keep of a parameter, of those that have one."""
         found = {}
@@ -105,6 +146,14 @@ class Outer:
                     found[name] = state[key]
                     break
         return found
+
+    @torch.no_grad()
+    def restart_momentum(self) -> None:
+        """The outer optimizer's momenta (``momentum_buffer``, ``exp_avg``) become 0; the rest of its state stays."""
+        for state in self.optimizer.state.values():
+            for key in _MOMENTA:
+                if isinstance(state.get(key), Tensor):
+                    state[key].zero_()
 
     @property
     def versions(self) -> dict[str, tuple[int, ...]]:
@@ -160,6 +209,17 @@ class Outer:
         """Bytes of the outer optimizer's state."""
         values: list[Any] = [v for s in self.optimizer.state.values() for v in s.values()]
         return sum(v.nbytes for v in values if isinstance(v, Tensor))
+
+
+def _as_tensor(optimizer: Optimizer, key: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (int, float)):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    raise TypeError(
+        f"The outer optimizer {type(optimizer).__name__} keeps a {type(value).__name__} as {key!r} in its state, which"
+        " can't be kept for every worker. Use an outer optimizer whose state has tensors and numbers only."
+    )
 
 
 class FromMeanOfWeights(Differences):

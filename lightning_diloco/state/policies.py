@@ -4,7 +4,7 @@ Owns the policies, and the common value of a tensor that differs between workers
 due, nor trainable parameters (``algorithms/``). Imports nothing of Lightning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,17 +92,18 @@ class PolicyApplication:
     def synchronise_frozen(self, participants: Sequence[int], survey: Survey, dropped: Sequence[int] = ()) -> None:
         """Synchronises frozen parameters by the policy of buffers, floating ones as floating buffers."""
         read, frozen = self._replicas.tensors, self._replicas.layout.frozen
-        local = read(self._channel.world.workers[0])
+        theta = self._outer.tensors
         # Tensors that are equal bit for bit stay: sending them would cost bytes, and an all-reduce would round them
         # (x/3 + x/3 + x/3 may differ from x), though nobody has trained them.
         differing = [n for n in frozen if not self.same(survey, n)]
-        averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(local[n])]
+        averaged = [n for n in differing if self._policies.buffers != "first" and is_floating(theta[n])]
         values = self._channel.mean(averaged, read, participants)
         others = [n for n in differing if n not in values]
-        values |= self._channel.copies_of(participants[0], others, read, like=local)  # worker 0 may be left out
-        self._outer.assign({**{n: local[n] for n in frozen}, **values})
+        values |= self._channel.copies_of(participants[0], others, read, like=theta)  # worker 0 may be left out
+        equal = [n for n in frozen if n not in differing]
+        self._outer.assign({**self._channel.common(equal, read, like=theta), **values})
         if self._policies.buffers != "local":
-            self._channel.record("buffers", sum(local[n].nbytes for n in differing))
+            self._channel.record("buffers", sum(theta[n].nbytes for n in differing))
             for w in [w for w in (*participants, *dropped) if w in self._channel.world.workers]:
                 for n in differing:
                     read(w)[n].copy_(values[n])
@@ -131,14 +132,38 @@ class PolicyApplication:
             for w in targets:
                 put_buffer(states[w].buffers[position], name, value)
             put_buffer(theta[position], name, value)
-        # θ follows the buffers that are equal on all workers without a message: any process has the value at hand
-        for (position, name), value in states[self._channel.world.workers[0]].named_buffers():
-            full = f"{self._replicas.layout.module_names[position]}.{name}"
-            if (position, name) not in common and full in survey[participants[0]]:
-                put_buffer(theta[position], name, value)
+        for (position, name), value in self._equal_buffers(participants[0], survey, common).items():
+            put_buffer(theta[position], name, value)
         self._channel.record(
             "buffers", sum(v.nbytes for v in common.values()) if self._policies.buffers != "local" else 0
         )
+
+    def _equal_buffers(self, first: int, survey: Survey, common: Collection[BufferKey]) -> dict[BufferKey, Tensor]:
+        """The buffers that are equal on all workers: without a message, where each process has the values at hand."""
+        layout, leading = self._replicas.layout, survey[first]
+        if self._channel.on_all_processes:
+            here = self._replicas.states[self._channel.here[0]].named_buffers()
+            return {
+                key: value
+                for key, value in here
+                if key not in common and f"{layout.module_names[key[0]]}.{key[1]}" in leading
+            }
+        keys = {n: key for n, key in self._keys(leading).items() if key not in common}
+        copies = self._channel.copies_of(first, list(keys), self._read_buffers, self._like(leading, keys))
+        return {keys[n]: t for n, t in copies.items()}
+
+    def _keys(self, leading: Mapping[str, Fingerprint]) -> dict[str, BufferKey]:
+        layout = self._replicas.layout
+        position = {name: i for i, name in enumerate(layout.module_names)}
+        return {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}
+
+    def _like(self, leading: Mapping[str, Fingerprint], names: Iterable[str]) -> dict[str, Tensor]:
+        """Made from fingerprints, because the workers hosted here may lack a buffer that the first participant has."""
+        device = next((t.device for t in self._outer.tensors.values()), self._channel.world.device)
+        return {n: torch.empty(leading[n].shape, dtype=leading[n].dtype, device=device) for n in names}
+
+    def _read_buffers(self, worker: int) -> Mapping[str, Tensor]:
+        return _named_buffers(self._replicas.layout, self._replicas.states[worker])
 
     def common_buffers(
         self, participants: Sequence[int], survey: Survey, first: bool = False
@@ -148,14 +173,10 @@ class PolicyApplication:
         That is the mean over the participants if all have a floating tensor of the same shape and dtype; otherwise, and
         with ``first``, the first participant's value. Buffers that the first participant lacks are left out.
         """
-        layout = self._replicas.layout
-        device = next((t.device for t in self._outer.tensors.values()), self._channel.world.device)
         leading = survey[participants[0]]
-        position = {name: i for i, name in enumerate(layout.module_names)}
-        keys = {n: (position[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in leading if n not in layout.frozen}
+        keys = self._keys(leading)
         differing = [n for n in keys if not self.same(survey, n)]
-        # made from the fingerprints, because the workers hosted here may lack a buffer that the first participant has
-        like = {n: torch.empty(leading[n].shape, dtype=leading[n].dtype, device=device) for n in differing}
+        like = self._like(leading, differing)
         averaged = [
             n
             for n in differing
@@ -163,12 +184,9 @@ class PolicyApplication:
             and is_floating(like[n])
             and len({_shape_and_dtype(survey[w].get(n)) for w in participants}) == 1
         ]
-
-        def read(worker: int) -> Mapping[str, Tensor]:
-            return _named_buffers(layout, self._replicas.states[worker])
-
-        values = self._channel.mean(averaged, read, participants, like=like)
-        values |= self._channel.copies_of(participants[0], [n for n in differing if n not in values], read, like)
+        values = self._channel.mean(averaged, self._read_buffers, participants, like=like)
+        others = [n for n in differing if n not in values]
+        values |= self._channel.copies_of(participants[0], others, self._read_buffers, like)
         return {keys[n]: values[n].to(like[n].dtype) for n in differing}  # means of half types are float32
 
     def same(self, survey: Survey, name: str) -> bool:
