@@ -41,6 +41,7 @@ from lightning_diloco.cluster.tally import Tally
 from lightning_diloco.codecs import Codec
 from lightning_diloco.comm.ledger import Ledger
 from lightning_diloco.engine.engine import Engine
+from lightning_diloco.engine.joining import check_availability
 from lightning_diloco.engine.times import Times
 from lightning_diloco.fit import RunSettings, Weights
 from lightning_diloco.state.policies import BufferPolicy, EvalWeights, InnerStatePolicy, NonfinitePolicy, Policies
@@ -183,6 +184,8 @@ class DilocoStrategy(FitStrategy):
         diagnostics = check_bool("diagnostics", diagnostics)
         check_processes(process_group_backend, timeout, start_method)
         algorithm = algorithm or Diloco()
+        if cluster is not None and cluster.availability is not None:
+            check_availability(cluster.availability, type(algorithm).__name__, algorithm.looks_at_gradients)
         factory = outer_factory(outer_optimizer_cls, outer_optimizer_kwargs, algorithm)
         policies = Policies(eval_weights, buffers, inner_state, nonfinite, share_frozen)
         super().__init__(

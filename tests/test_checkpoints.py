@@ -152,7 +152,7 @@ def test_interrupted_is_uninterrupted(name: str) -> None:
         assert later == journal[len(journal) - len(later) :]
         assert later_draws == draws[len(draws) - len(later_draws) :]
         assert len(later) < len(journal)
-        assert checkpoint["diloco"]["version"] == 3
+        assert checkpoint["diloco"]["version"] == 4
 
 
 @pytest.mark.parametrize("num_nodes", [1, 3])
@@ -632,8 +632,8 @@ def test_damaged_and_foreign_files_are_refused_and_leave_the_run_untouched() -> 
         assert_same(copy_of(fresh.state_dict()), before)
 
     refused(
-        damaged(lambda c: c["diloco"].update(version=4)),
-        r"^The checkpoint damaged.ckpt has the DiLoCo format version 4; this lightning_diloco reads version 3\.",
+        damaged(lambda c: c["diloco"].update(version=3)),
+        r"^The checkpoint damaged.ckpt has the DiLoCo format version 3; this lightning_diloco reads version 4\.",
     )
     refused(
         damaged(lambda c: c["diloco"]["workers"].pop(1)),

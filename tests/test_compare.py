@@ -395,7 +395,7 @@ def test_finished_runs_are_loaded_and_further_ones_added(monkeypatch: pytest.Mon
         ({"runs": {"a": {**DILOCO, "diloco_interval": 5}}}, "`strategy.diloco_interval` was 4 and is 5"),
         (
             {"runs": {"a": {**DILOCO, "algorithm": DataParallel()}}},
-            "`strategy.algorithm` was not there and is {'class': 'DataParallel'}",
+            "`strategy.algorithm` was not there and is 'DataParallel()'",
         ),
         ({"runs": {"a": Run(DILOCO, times=2)}}, "`times` was 1 and is 2"),
         ({"trainer": {**TRAINER, "max_steps": 15}}, "`trainer.max_steps` was 14 and is 15"),

@@ -1,16 +1,18 @@
 """Do workers leave, join and fail as the cluster's availability says, in every layout, and resumed in every step?"""
 
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import layouts
 import lightning as L
 import pytest
 import torch
 from family import EPOCHS, INNER, INTERVAL, SEED, STEPS, Layers, Save, assert_same_run, several, train
-from helpers import Net, loader, regression_data, trainer
+from helpers import Net, assert_equal, differs, loader, regression_data, trainer
 from reference import shards
 from torch import nn
 
@@ -22,6 +24,7 @@ from lightning_diloco import (
     Delayed,
     DesLoc,
     Diloco,
+    DilocoCallback,
     DilocoStrategy,
     Eager,
     Edit,
@@ -404,3 +407,168 @@ def test_a_file_is_resumed_with_its_availability(tmp_path: Path) -> None:
 
 def test_plain_diloco_without_events_is_untouched(tmp_path: Path) -> None:
     assert_same_run(train(tmp_path, algorithm=Diloco()), train(tmp_path, cluster=cluster()))
+
+
+# ------------------------------------------------------------------- what absent workers must not touch
+
+
+def test_a_clock_with_a_schedule_can_be_copied() -> None:
+    clock = fit(cluster([leave(2, 1), join(6, 1)])).clock
+    assert pickle.loads(pickle.dumps(clock)).workers == clock.workers
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_metrics_validation_and_buffers_in_two_processes(tmp_path: Path) -> None:
+    """Values with sync_dist, BatchNorm, and a validation while a process hosts nobody who is there."""
+    events = [leave(2, 2), leave(3, 3), join(6, 3), join(8, 2)]
+    options: dict[str, Any] = {
+        "strategy": {"cluster": cluster(events)},
+        "precision": "64-true",
+        "val_check_interval": 2,
+    }
+    (tmp_path / "one").mkdir()
+    one, two = layouts.train(tmp_path / "one", 1, **options), layouts.layout(tmp_path, 2, **options)
+    for key in ("theta", "workers", "module", "bytes"):
+        assert_equal(two[key], one[key], key)
+    assert two["steps"] == [pytest.approx(step, rel=1e-12) for step in one["steps"]]
+    assert [list(e) for e in two["epochs"]] == [list(e) for e in one["epochs"]]
+    for mine, theirs in zip(two["epochs"], one["epochs"], strict=True):
+        if "val_loss" in mine:
+            assert mine == pytest.approx(theirs, rel=1e-12)
+
+
+def test_an_absent_worker_is_validated_as_it_left() -> None:
+    strategy = DilocoStrategy(3, 4, cluster=cluster([leave(3, 0)]))
+    seen: list[dict[str, float]] = []
+
+    class Look(DilocoCallback):
+        def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                seen.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    look = Look(validate_on=[0, 1])
+    t = trainer(strategy, max_epochs=-1, max_steps=6, callbacks=[look], val_check_interval=2)
+    t.fit(Net(batch_norm=False), loader(), loader(regression_data(12, seed=9), shuffle=False))
+    at_2, at_4, at_6 = (metrics["val_loss/worker_0"] for metrics in seen)
+    assert at_2 == at_4 == at_6
+    assert len({metrics["val_loss/worker_1"] for metrics in seen}) == 3
+
+
+def test_a_sender_that_has_left_counts_no_more_when_its_transfer_arrives() -> None:
+    strategy = DilocoStrategy(3, 4, algorithm=Delayed(), cluster=cluster([leave(5, 0)]), final_sync=False)
+    trainer(strategy, max_epochs=-1, max_steps=8).fit(Net(), loader())
+    theta = strategy.outer_state_dict()["net.1.running_mean"]
+    kept = [strategy.worker_state_dict(w)["net.1.running_mean"] for w in range(3)]
+    assert torch.equal(kept[1], theta)
+    assert torch.equal(kept[2], theta)
+    assert not torch.equal(kept[0], theta)
+    assert strategy.clock.workers[0].waiting == 0.0
+
+
+def test_a_group_that_is_added_is_everybodys_at_once() -> None:
+    class Grows(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                pl_module.late.requires_grad_(True)
+                trainer.optimizers[0].add_param_group({"params": [pl_module.late], "lr": 0.5})
+
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__(batch_norm=False)
+            self.late = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.late
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+    strategy = DilocoStrategy(3, 4, cluster=cluster([leave(3, 1), join(7, 1)]))
+    trainer(strategy, max_epochs=-1, max_steps=8, callbacks=[Grows()]).fit(Late(), loader())
+    assert [g["lr"] for g in strategy._engine.context.inner.workers[1].control[0]] == [0.01, 0.5]
+
+
+def test_learning_rates_are_the_same_until_something_happens() -> None:
+    class Warms(Net):
+        def optimizer_step(self, epoch: Any, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            if self.trainer.global_step < 4:
+                optimizer.param_groups[0]["lr"] = 0.1 * (1 + self.trainer.global_step)
+            super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, DECAY)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    weights = []
+    for machines in (None, cluster(), cluster([leave(90, 1)])):
+        L.seed_everything(3, verbose=False)
+        strategy = DilocoStrategy(2, 4, cluster=machines)
+        trainer(strategy, max_epochs=-1, max_steps=9).fit(Warms(batch_norm=False), loader())
+        weights.append(strategy.outer_state_dict())
+    assert_equal(weights[1], weights[0])
+    assert_equal(weights[2], weights[0])
+
+
+def test_an_exchange_of_elements_that_fails_leaves_the_weights() -> None:
+    seen: list[Any] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.append([trainer.strategy.worker_state_dict(w) for w in range(2)])
+
+    machines = cluster([drop(5, 1)], on_failure="rollback")
+    first = Net(batch_norm=False)
+    strategy = DilocoStrategy(2, 4, algorithm=Sparta(0.3), cluster=machines)
+    trainer(strategy, max_epochs=-1, max_steps=5, callbacks=[Look()]).fit(first, loader())
+    initial = Net(batch_norm=False).state_dict()
+    assert all(not torch.equal(worker[name], initial[name]) for worker in seen[4] for name in initial)
+    assert (strategy.tally.failed, strategy.tally.lost_steps) == (1, 0)
+
+
+def test_delayed_workers_return_to_the_theta_that_has_arrived() -> None:
+    seen: dict[int, Any] = {}
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            s = trainer.strategy
+            seen[trainer.global_step] = s.outer_state_dict(), [s.worker_state_dict(w) for w in range(2)]
+
+    machines = cluster([drop(8, 1)], on_failure="rollback")
+    strategy = DilocoStrategy(2, 4, algorithm=Delayed(), cluster=machines)
+    trainer(strategy, max_epochs=-1, max_steps=9, callbacks=[Look()]).fit(Net(batch_norm=False), loader())
+    theta, workers = seen[8]
+    assert differs(theta, seen[7][0])
+    for worker in workers:
+        assert_equal(worker, theta)
+
+
+def test_a_round_that_is_lost_in_the_end_is_not_sent_again() -> None:
+    strategy = DilocoStrategy(2, 4, cluster=cluster([drop(8, 0), drop(8, 1)]))
+    trainer(strategy, max_epochs=-1, max_steps=8).fit(Net(), loader())
+    assert (strategy.tally.transfers, strategy.outer_steps) == (2, 1)
+    first, second = (strategy.worker_state_dict(w)["net.1.running_mean"] for w in range(2))
+    assert not torch.equal(first, second)  # nor their buffers
+
+
+def test_a_step_that_an_error_tears_is_told_once(tmp_path: Path) -> None:
+    class Fails(DilocoCallback):
+        def on_before_outer_step(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.strategy.local_steps == 8 and not (tmp_path / "torn.ckpt").exists():
+                raise RuntimeError("ill")
+
+        def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "torn.ckpt")
+
+    def run(ckpt: Path | None) -> DilocoStrategy:
+        strategy = DilocoStrategy(2, 4, cluster=cluster())
+        t = trainer(strategy, max_epochs=-1, max_steps=12, callbacks=[Fails()])
+        t.fit(Net(batch_norm=False), loader(), ckpt_path=ckpt)
+        return strategy
+
+    with pytest.raises(RuntimeError, match="ill"), pytest.warns(UserWarning, match="Local step 8 was interrupted"):
+        run(None)
+    clock = run(tmp_path / "torn.ckpt").clock
+    assert [w.computing for w in clock.workers] == [12.0, 12.0]
+    assert clock.data_parallel.workers[0].computing == 12.0

@@ -137,6 +137,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         trainer, fit = self.trainer, fit_of(self.trainer)
         engine, module, connector = fit.engine, trainer.lightning_module, trainer._logger_connector
         turns = WorkerTurns(self)
+        turns.results.uneven = engine.differs_in_active_workers
         fit.keeps_gradients = fit.keeps_gradients or looks_at_gradients(trainer)
         engine.progress.manual = not module.automatic_optimization
         fit.follow_optimizers()
@@ -176,7 +177,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             left = {w: b for w, b in given.items() if w not in engine.progress.done}  # all, but in a torn step
             responses = turns.hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
             call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
-            end_of_epoch = -1 in responses
+            end_of_epoch = turns.agreed("on_train_batch_start", -1 in responses)
             if end_of_epoch:
                 self.batch_progress.increment_by(0, is_last_batch=True)
             else:

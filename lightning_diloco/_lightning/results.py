@@ -32,6 +32,8 @@ class WorkerResults(Reclassed, _ResultCollection):
     _step_values: dict[str, dict[int, Any]]
     _world: World
     _reduce: Callable[..., Any]
+    uneven: bool  # whether processes may host no worker that is there, and so no value of a key
+    _shown: int | None  # the worker whose values are shown after the turns: the first that had one
     _visited: str  # which metric Lightning is reducing, in words
     _by_worker: dict[int, _ResultCollection]
     _connector: _LoggerConnector
@@ -47,7 +49,8 @@ class WorkerResults(Reclassed, _ResultCollection):
         self._connector = connector
         self._before = None
         self._visited = "by a hook"
-        self._shown: int | None = None  # the worker whose values are shown after the turns: the first that had one
+        self.uneven = False
+        self._shown = None
         self._by_worker = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
@@ -122,15 +125,16 @@ class WorkerResults(Reclassed, _ResultCollection):
     def fold(self) -> None:
         """After the workers' turns: the step value of a key becomes its reduction over the workers that logged it."""
         shared = {key: list(v.values()) for key, v in self._step_values.items() if self[key].meta.sync.should}
-        if shared and self._world.size > 1:
+        if self._world.size > 1 and (shared or self.uneven):
             numbers = {key: [v.tolist() for v in values] for key, values in shared.items()}
             gathered = self._world.gather_all("self.log(..., sync_dist=True)", numbers)
-            for key, (like, *_) in shared.items():
+            for key in [key for key in dict.fromkeys(k for found in gathered for k in found) if key in self]:
                 numbers_of_key = [v for of_process in gathered for v in of_process.get(key, [])]
+                like = shared[key][0] if key in shared else self[key]._forward_cache
                 options = {"dtype": mean_type(like).dtype, "device": like.device}
                 shared[key] = [torch.tensor(v, **options) for v in numbers_of_key]
-        for key, by_worker in self._step_values.items():
-            metric, values = self[key], shared.get(key, list(by_worker.values()))
+        for key in dict.fromkeys([*self._step_values, *shared]):
+            metric, values = self[key], shared.get(key) or list(self._step_values[key].values())
             metric._forward_cache = values[0] if len(values) == 1 else _reduced(values, metric.meta)
         self._step_values = {}
         self._shown = None

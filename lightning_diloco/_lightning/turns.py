@@ -47,13 +47,13 @@ class WorkerTurns:
 
     def __init__(self, loop: _TrainingEpochLoop) -> None:
         assert isinstance(loop._results, WorkerResults)
-        self._loop, self._trainer, self._results = loop, loop.trainer, loop._results
+        self._loop, self._trainer, self.results = loop, loop.trainer, loop._results
         self._fit = fit_of(loop.trainer)
 
     @contextmanager
     def turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:
         """Inside, ``worker`` is active: module, optimizers, logged values and rank-zero functions are this worker's."""
-        fit, results, connector = self._fit, self._results, self._trainer._logger_connector
+        fit, results, connector = self._fit, self.results, self._trainer._logger_connector
         first_iteration = connector._first_loop_iter
         if first_iteration and worker != fit.engine.present[0]:
             connector._first_loop_iter = False  # else the first log() of a hook drops the values of earlier workers
@@ -85,7 +85,7 @@ class WorkerTurns:
         for w, batch in batches.items():
             with self.turn(w, batch):
                 moved[w] = move(batch)
-        self._results.fold()
+        self.results.fold()
         return moved
 
     def run(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
@@ -117,7 +117,7 @@ class WorkerTurns:
                     self._note(w, batches[w], outputs[w])
             if engine.differs_in_active_workers:
                 counters.agree(engine.world, f"the turns of local step {engine.local_steps + 1}")
-        self._results.fold()
+        self.results.fold()
         return outputs
 
     def _run_after_all_backwards(
@@ -153,6 +153,13 @@ class WorkerTurns:
             loss = loss * loop.trainer.accumulate_grad_batches  # by which Lightning has divided
         self._fit.engine.seen.note(worker, samples_of(batch), loss)
 
+    def agreed(self, name: str, here: bool) -> bool:
+        """Whether a hook has said so in any worker's turn, where processes may have had no turn."""
+        engine = self._fit.engine
+        if not engine.differs_in_active_workers or not does_something(self._trainer.lightning_module, name):
+            return here
+        return any(engine.world.gather_all(f"{name} of local step {engine.local_steps + 1}", here))
+
     def hook(self, name: str, batches: Mapping[int, Any], arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
         """Calls a hook of the LightningModule in each worker's turn, as on every rank under DDP."""
         trainer = self._trainer
@@ -162,7 +169,7 @@ class WorkerTurns:
         for w, batch in batches.items():
             with self.turn(w, batch):
                 responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
-        self._results.fold()
+        self.results.fold()
         return responses
 
 

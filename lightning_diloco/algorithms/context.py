@@ -290,7 +290,9 @@ class SyncContext:
             if order.of_weights:
                 self.ever_sent |= set(order.names)
             self.waiting.append(transfer)
-        elif transfer.rolled_back:
+        elif transfer.on_links:  # a part was lost, or all: it was sent all the same
+            self.last_sent[order.stream] = self.step
+        if transfer.rolled_back and order.of_weights:
             for w in [w for w in transfer.rolled_back if w in self.local_workers]:
                 self.merge([w], [n for n in order.names if n in self.names], self.anchor(w))
         return transfer

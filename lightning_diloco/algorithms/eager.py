@@ -66,8 +66,8 @@ class Delayed(_Overlapped):
         ctx = self.ctx
         for transfer in arrived:
             ctx.outer.step(transfer.names, transfer.mean)
-        workers = sent.workers or [w for transfer in arrived for w in transfer.workers]
-        if sent.means or self.ctx.flushing:
+        workers = sent.workers or sent.rolled_back or [w for transfer in arrived for w in transfer.workers]
+        if sent.means or sent.rolled_back or self.ctx.flushing:
             ctx.merge(workers, ctx.names, ctx.outer.tensors)
 
 

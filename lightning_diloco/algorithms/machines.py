@@ -99,12 +99,14 @@ class Machines:
         for of_process in gather("measured steps of the simulated cluster", self._new):
             self._latest.extend(of_process)
         self._new = []
+        if not self._latest:
+            return
         self.clock.use(self.cluster.with_step_seconds(median(self._latest)))
         for step, workers in self._held:
             self.clock.step(step, workers)
         self._held = []
 
-    def send(self, transfer: Transfer, attendance: Attendance, gathered: bool) -> None:
+    def send(self, transfer: Transfer, attendance: Attendance, gathered: bool, returns: bool = True) -> None:
         """A transfer begins; whoever took part occupies its link, also if its values were not used.
 
         Args:
@@ -112,12 +114,13 @@ class Machines:
             attendance: who took part.
             gathered: whether every worker needs every message: packed ones, which can't be added on the way, and those
                 of a robust mean.
+            returns: whether workers that took part in vain return to their anchors, and lose their steps.
         """
         groups = transfer.on_links
         transfer.attendance = [len(attendance.alive), len(attendance.participating)]
         if self.clock is None or self.cluster is None:
             return
-        self.tally.sent(attendance, transfer.rejected)
+        self.tally.sent(attendance, transfer.rejected, returns)
         if not groups:
             return
         size = max(map(len, groups)) if len(groups) > 1 else None
@@ -174,7 +177,12 @@ class Machines:
         """Plain values for a file; None without a cluster. :meth:`settle` comes first."""
         if self.clock is None:
             return None
-        return {"clock": self.clock.state_dict(), "tally": self.tally.state_dict(), "entered": self.entered}
+        return {
+            "clock": self.clock.state_dict(),
+            "tally": self.tally.state_dict(),
+            "entered": self.entered,
+            "latest": list(self._latest),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any] | None, step: int, waiting: Sequence[Transfer]) -> None:
         """Continues from a file; the clock starts at zero if the file has none.
@@ -191,3 +199,5 @@ class Machines:
         self.clock.load_state_dict(state["clock"])
         self.tally.load_state_dict(state["tally"])
         self.entered = state["entered"]
+        self._told = max(step, self.clock.last_step)  # a step that an error has torn was told already
+        self._latest.extend(state["latest"])

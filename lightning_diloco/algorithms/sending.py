@@ -159,7 +159,7 @@ class Sender:
         self.machines.settle(self.channel.world.gather_all)
         codec = self._codec(order)
         gathered = order.aggregate is not None or (codec is not None and not codec.lossless)
-        self.machines.send(transfer, attendance, gathered)
+        self.machines.send(transfer, attendance, gathered, returns=order.of_weights)
 
     @staticmethod
     def _has_weight(order: Order, group: Sequence[int]) -> bool:
@@ -307,7 +307,8 @@ class Sender:
     def _send_in_vain(self, order: Order, transfer: Transfer) -> None:
         """A transfer of which a part is lost, as nobody knows before its end: the bytes cross, and nothing is kept."""
         lost = replace(transfer, groups=transfer.on_links)
-        _, nbytes, dense = self._average(order, lost, keeps=False)
+        plain = replace(order, aggregate=None)  # robust means remember, too, and have the same payload
+        _, nbytes, dense = self._average(plain, lost, keeps=False)
         transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0
         self.channel.record(transfer.what, nbytes, max(map(len, lost.groups)), dense)
 

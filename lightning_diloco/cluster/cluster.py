@@ -52,7 +52,8 @@ class Cluster:
     The sum: 2 · 2/3 · 8 Mbit at 100 Mbit/s, and four hops of 20 ms.
 
     Args:
-        step_seconds: seconds of a local step: one number, one per worker, or "measured": the run's own steps.
+        step_seconds: seconds of a local step: one number, one per worker, or "measured": the run's own steps
+            (the host's time, which runs ahead of a CUDA device's).
         bandwidth_gbit_s: 10⁹ bits per second, in each direction: one number; one per worker, for the link by which a
             worker reaches all others; or a matrix, whose row i, column j is the link from worker i to worker j (the
             diagonal isn't used). A link between two workers is as fast as the slower of their sides.

@@ -61,13 +61,17 @@ class Schedule:
     def __init__(self, availability: Availability, num_workers: int) -> None:
         availability.check(num_workers)
         self.availability, self.num_workers = availability, num_workers
-        self._drops = {(e.worker, step) for e in availability.of_kind("drop") for step in range(e.step, e.last + 1)}
+        self._drops = availability.of_kind("drop")
         self._lates = availability.of_kind("late")
         self._partitions = Partitions(availability, num_workers)
         self._presence = Presence(availability, num_workers, self._partitions)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.availability!r}, {self.num_workers})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made from the description: the answers follow from it."""
+        return type(self), (self.availability, self.num_workers)
 
     # ---------------------------------------------------------------------------------------- presence
 
@@ -139,7 +143,7 @@ class Schedule:
         a = self.availability
         if a.drop_rate:
             return uniform(a.seed, "drop", step, worker) < a.drop_rate
-        return (worker, step) in self._drops
+        return any(e.worker == worker and e.step <= step <= e.last for e in self._drops)
 
     def attendance(self, step: int, workers: Sequence[int]) -> Attendance:
         """Who takes part in a transfer of ``workers`` that is sent in ``step``."""

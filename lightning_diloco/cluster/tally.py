@@ -45,13 +45,14 @@ class Tally:
         for w in workers:
             self.unsent[w] = self.unsent.get(w, 0) + 1
 
-    def sent(self, attendance: Attendance, rejected: Iterable[int] = ()) -> None:
+    def sent(self, attendance: Attendance, rejected: Iterable[int] = (), returns: bool = True) -> None:
         """A transfer was sent, or would have been if anybody's part had counted.
 
         Args:
             attendance: who took part.
             rejected: workers that were left out because their values were not finite: not committed, and what they had
                 done is lost.
+            returns: whether those that took part in vain return to their anchors, and lose what they have done.
         """
         rejected = set(rejected)
         committed = [w for w in attendance.committed if w not in rejected]
@@ -62,7 +63,7 @@ class Tally:
         self.committed += len(committed)
         for w in committed:
             self.unsent[w] = 0
-        self._lose([*attendance.rolled_back, *rejected])
+        self._lose([*(attendance.rolled_back if returns else ()), *rejected])
 
     def left(self, workers: Iterable[int]) -> None:
         """``workers`` have left the run."""

@@ -64,7 +64,9 @@ class Recorder(L.Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # Lightning has divided it by the number of batches
             self._losses.append(loss.detach().reshape(()) * trainer.accumulate_grad_batches)
-        self._samples += self._num_workers * _samples_in(batch)  # the shards of all workers are equally long
+        strategy = trainer.strategy
+        there = len(strategy._engine.context.workers) if isinstance(strategy, DilocoStrategy) else self._num_workers
+        self._samples += there * _samples_in(batch)  # the shards of all workers are equally long
         if trainer.global_step == self._global_step:
             return  # gradients are accumulating: no local step yet
         self._global_step = trainer.global_step  # with several optimizers it counts all of their steps

@@ -55,11 +55,11 @@ class Membership:
         schedule = machines.schedule
         if schedule is None or machines.entered >= step:
             return
-        machines.settle(ctx.channel.world.gather_all)
         machines.tally.left(schedule.leaves(step))
         joiners = schedule.joins(step)
         donors = {w: schedule.donor(step, w) for w in joiners}
         if joiners:
+            machines.settle(ctx.channel.world.gather_all)
             ctx.inner.adopt_outside_changes()
             states = self._states_of(set(donors.values()), f"workers that join before local step {step}")
             weights = {donor: self._weights(donor) for donor in dict.fromkeys(donors.values())}

@@ -86,10 +86,11 @@ class Synchronisation:
         self._begin()
         ctx.flush(self._algorithm.flush, moved_late)
         reports = self._conclude("flush")
-        if not reports:
+        there = ctx.machines.attendance(ctx.step, ctx.workers).committed
+        if not reports and there:
             sent_before = ctx.ledger.total_bytes
-            self.policies.synchronise_buffers()
-            ctx.machines.exchange("buffers", ctx.ledger.total_bytes - sent_before, ctx.workers, ctx.step)
+            self.policies.synchronise_buffers(there)
+            ctx.machines.exchange("buffers", ctx.ledger.total_bytes - sent_before, there, ctx.step)
         ctx.machines.settle(ctx.channel.world.gather_all)
         self.publish()
         ctx.sender.writing = False
@@ -162,7 +163,7 @@ class Synchronisation:
             began, sent_before = time.perf_counter(), ctx.ledger.total_bytes
             self._apply_policies(transfer, at_the_end=kind == "flush" and i == 0)
             beside = ctx.ledger.total_bytes - sent_before
-            ctx.machines.exchange(f"beside {i}", beside, transfer.senders, ctx.step)
+            ctx.machines.exchange(f"beside {i}", beside, self._there(transfer.senders), ctx.step)
             ctx.outer_steps += 1
             measured = self._measured(transfer)
             reports.append(
@@ -189,19 +190,24 @@ class Synchronisation:
     def _apply_policies(self, transfer: Transfer, at_the_end: bool) -> None:
         """Policies apply to the workers and parameters of a transfer; buffers go along with one transfer per round."""
         ctx = self._context
-        if at_the_end or transfer.rejected or ctx.step - self.buffers_at >= ctx.interval:
+        senders, rejected = self._there(transfer.senders), self._there(transfer.rejected)
+        if senders and (at_the_end or rejected or ctx.step - self.buffers_at >= ctx.interval):
             self.buffers_at = ctx.step
             # before any collective of the policies: all processes must choose the same tensors for it
             survey = self.policies.survey(f"the synchronisation of buffers after {ctx.step} local steps")
-            self.policies.synchronise_frozen(transfer.senders, survey, transfer.rejected)
-            self.policies.synchronise_buffers(transfer.senders, survey, transfer.rejected)
+            self.policies.synchronise_frozen(senders, survey, rejected)
+            self.policies.synchronise_buffers(senders, survey, rejected)
         merged = ctx.merged.intersection(transfer.names)
         ctx.merged -= merged  # each parameter once per step, whatever else was sent under its name
         if merged:
             names = None if ctx.names and merged >= set(ctx.names) else [n for n in transfer.names if n in merged]
-            self.policies.synchronise_inner_state(transfer.senders, (), names)
-        if transfer.rejected and transfer.what != "gradients":
-            self._restart(transfer.rejected)
+            self.policies.synchronise_inner_state(senders, (), names)
+        if rejected and transfer.what != "gradients":
+            self._restart(rejected)
+
+    def _there(self, workers: Sequence[int]) -> list[int]:
+        """Without those that have left since they sent."""
+        return [w for w in workers if w in self._context.workers]
 
     def _restart(self, workers: Sequence[int]) -> None:
         """Workers whose values were not finite: what is left of them would spoil the rest at the next step."""

@@ -151,7 +151,8 @@ class Views:
 
     def _broadcast_of(self, worker: int) -> ModelState:
         """A copy of ``worker``'s replica, on every process."""
-        replicas, world, here = self._context.replicas, self._context.channel.world, self._context.local_workers
+        replicas, world = self._context.replicas, self._context.channel.world
+        here = world.workers  # also those that are absent: they are shown as they left
         scratch = replicas.layout.copy_of(replicas.states[worker if worker in here else here[0]])
         if world.size == 1:
             return scratch
@@ -196,4 +197,7 @@ class Views:
         common = application.common_buffers(self._context.workers, survey, first=which == "worker")
         for (position, name), value in common.items():
             put_buffer(scratch.buffers[position], name, value)
+        if not channel.on_all_processes:  # a process may host absent workers only, whose buffers are their own
+            for (position, name), value in application.equal_buffers(first, survey, common).items():
+                put_buffer(scratch.buffers[position], name, value)
         return scratch

@@ -122,8 +122,8 @@ class InnerOptimizers:
     def _show(self, position: int) -> None:
         """The live groups have the latest values, also if the first worker has not come so far."""
         if self.own_steps is not None:
-            control = self.first.control[position]
-            self._controls[position].write(self.own_steps.shown(position, control))
+            first, worker = next(iter(self.workers.items()))
+            self._controls[position].write(self.own_steps.shown(first, position, worker.control[position]))
 
     def start_anew(self, worker: int) -> None:
         """A worker has fresh inner state, and follows learning rates from the beginning."""
@@ -145,9 +145,12 @@ class InnerOptimizers:
             for g, values in enumerate(live):
                 known = before[g] if g < len(before) else {}
                 changed = {k: v for k, v in values.items() if k not in known or not _same_value(v, known[k])}
-                if self.own_steps is not None and changed:
-                    self.own_steps.note(position, g, changed)
-                for w in self.workers.values() if self.own_steps is None else ():
+                own, grown = self.own_steps, g >= len(before)
+                if own is not None and grown:  # a new group is everybody's at once: optimizers must fit their state
+                    own.initial[position].append(copied(values))
+                elif own is not None and changed:
+                    own.note(position, g, changed)
+                for w in self.workers.values() if own is None or grown else ():
                     if g == len(w.control[position]):
                         w.control[position].append({})
                     w.control[position][g].update(changed)
@@ -155,9 +158,10 @@ class InnerOptimizers:
                 del w.control[position][len(live) :]
             self._known_control[position] = live
         if self.own_steps is not None:
-            for i, worker in self.workers.items():
+            for i in range(len(self.own_steps.counts)):  # all processes know how far every worker is
                 for change in self.own_steps.due(i):
-                    apply(change, worker.control)
+                    if i in self.workers:
+                        apply(change, self.workers[i].control)
 
     def watch_groups(self) -> list[Any]:
         """Notices optimizers whose ``step`` changes their groups from now on; returns the hooks' handles."""
@@ -209,11 +213,10 @@ class InnerOptimizers:
         for position, optimizer in enumerate(self.live):
             optimizer.state = copy_state(optimizer.state)
             if _has_modes(optimizer):
-                states = {
-                    i: [optimizer.state if w is self.first else copy_state(w.states[position])]
-                    for i, w in self.workers.items()
-                }
+                there = channel.here
+                states = {i: [copy_state(self.workers[i].states[position])] for i in there}
                 average_inner_state(channel, [optimizer], states, least=1)
+                optimizer.state = states[there[0]][0] if there else optimizer.state
         self._sandboxed = True
         try:
             yield

@@ -76,8 +76,10 @@ class OwnSteps:
             self._adopted[worker] += 1
             yield change
 
-    def shown(self, position: int, control: Control) -> Control:
-        """``control`` of a worker with the latest values in place of those that it has not adopted yet."""
+    def shown(self, worker: int, position: int, control: Control) -> Control:
+        """``control`` of ``worker``, with the latest values if it has not adopted all."""
+        if self._adopted[worker] == len(self._changes):
+            return control
         return [{**values, **copied(self._latest.get((position, g), {}))} for g, values in enumerate(control)]
 
     def restart(self, worker: int) -> None:

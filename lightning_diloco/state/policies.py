@@ -132,13 +132,13 @@ class PolicyApplication:
             for w in targets:
                 put_buffer(states[w].buffers[position], name, value)
             put_buffer(theta[position], name, value)
-        for (position, name), value in self._equal_buffers(participants[0], survey, common).items():
+        for (position, name), value in self.equal_buffers(participants[0], survey, common).items():
             put_buffer(theta[position], name, value)
         self._channel.record(
             "buffers", sum(v.nbytes for v in common.values()) if self._policies.buffers != "local" else 0
         )
 
-    def _equal_buffers(self, first: int, survey: Survey, common: Collection[BufferKey]) -> dict[BufferKey, Tensor]:
+    def equal_buffers(self, first: int, survey: Survey, common: Collection[BufferKey]) -> dict[BufferKey, Tensor]:
         """The buffers that are equal on all workers: without a message, where each process has the values at hand."""
         layout, leading = self._replicas.layout, survey[first]
         if self._channel.on_all_processes:
