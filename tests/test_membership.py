@@ -82,7 +82,6 @@ class Elastic:
         lost: local step → the workers whose part in the round that ends with it is lost.
         joiner: "fresh", "donor", or "own": the inner state of a joiner that has been there before.
         rollback: whether a round with a lost part fails as a whole.
-        together: whether learning rates follow the run's steps instead of the worker's own (a mistake).
     """
 
     def __init__(

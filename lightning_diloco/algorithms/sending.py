@@ -111,7 +111,7 @@ class Sender:
                 break
             self._reject(order, transfer, bad)
         else:
-            if transfer.rolled_back:
+            if transfer.rolled_back and transfer.on_links:
                 self._send_in_vain(order, transfer)
             self._tell(order, transfer, attendance)
             return transfer
