@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_diloco.algorithms import Participation, SyncAlgorithm
 from lightning_diloco.cluster.cluster import Cluster
 from lightning_diloco.codecs import Codec
-from lightning_diloco.engine.file_format import AVAILABILITY, GROUPING, WEIGHTS
+from lightning_diloco.engine.file_format import AVAILABILITY, GROUPING, SPEEDS, WEIGHTS
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
 Reduction = Literal["auto", "ordered", "all_reduce"]
@@ -101,7 +101,13 @@ def configured(
         "participation": plain_value(participation),
         WEIGHTS: weights,
         AVAILABILITY: str(None if cluster is None else cluster.availability),
+        SPEEDS: str(None if cluster is None or not algorithm.chooses_workers else _speeds(cluster)),
     }
+
+
+def _speeds(cluster: Cluster) -> str:
+    jitter = f", jitter {cluster.jitter} of seed {cluster.seed}" if cluster.jitter else ""
+    return f"{cluster.step_seconds} seconds per step{jitter}"
 
 
 def logged_settings(settings: Mapping[str, Any], partition: Any) -> dict[str, float | str]:
@@ -127,7 +133,8 @@ def logged_settings(settings: Mapping[str, Any], partition: Any) -> dict[str, fl
         "partition": str(plain_value(partition)),
     }
     # under a name that comes late in the alphabet: TensorBoard shows the first five columns
-    settings = {name: value for name, value in settings.items() if name != AVAILABILITY}  # it is in the cluster's
+    of_cluster = (AVAILABILITY, SPEEDS)  # which is there, too
+    settings = {name: value for name, value in settings.items() if name not in of_cluster}
     others = {"policies/cluster": str(settings.get("cluster"))} | {
         f"policies/{name}": str(value) if isinstance(value, bool) else value
         for name, value in settings.items()

@@ -28,6 +28,7 @@ from lightning_diloco.comm.world import World
 from lightning_diloco.engine import file_format
 from lightning_diloco.engine.engine import Engine
 from lightning_diloco.engine.file_format import LoaderState, RunState
+from lightning_diloco.engine.places import Places
 from lightning_diloco.engine.times import Times
 from lightning_diloco.reporting import hints
 from lightning_diloco.reporting.plan import Plan
@@ -78,6 +79,7 @@ class ShardPlan:
     use_distributed_sampler: bool
     overfit: bool
     loader: int = 0  # number of the training loader: the samplers of several loaders draw independently
+    places: Places | None = None  # of workers that don't step together, each of which reads at its own pace
 
     @property
     def workers(self) -> Sequence[int]:
@@ -129,6 +131,7 @@ class Fit:
         in_loop: whether the training loop has begun and not ended.
         keeps_gradients: whether the project looks at gradients between a worker's turns.
         plan: how the training loader that is being set up is divided; None outside ``setup_data``.
+        places: how far every worker is in the data; None: all step together.
         reports: of all outer steps so far.
     """
 
@@ -155,6 +158,8 @@ class Fit:
 
     def __post_init__(self) -> None:
         self.team = TeamGradients(self.world)
+        own = self.settings.algorithm.chooses_workers and self.shards_data
+        self.places = Places(self.settings.num_workers) if own else None
 
     @property
     def engine(self) -> Engine:
@@ -231,6 +236,8 @@ class Fit:
     def start_engine(self) -> None:
         """The training loop is about to begin: every worker starts from the module's values."""
         self._drop_engine()  # of an earlier trial
+        if self.places is not None:
+            self.places.restart()
         self._times = Times()
         strategy, settings = self.trainer.strategy, self.settings
         scaler = getattr(strategy.precision_plugin, "scaler", None)
@@ -260,6 +267,9 @@ class Fit:
         if self._resumed is not None:
             file_format.check_settings(self._resumed["settings"], groups, "The checkpoint")
             self.started.resume(self._resumed)
+            loader = self._resumed["loader"]
+            if self.places is not None and loader is not None:
+                self.places.load_state(loader["places"])
         self._configured = {**settings.configured, **groups}
         shown = any(callback.progress_bar for callback in self.reporters)
         self._progress = RoundProgress(self.trainer, self.started) if shown else None
@@ -425,6 +435,8 @@ class Fit:
         self, state: dict[str, Any], loader: LoaderState | None, state_dict: Mapping[str, Any]
     ) -> dict[str, Any]:
         """``state`` as it stands in a file; see :func:`lightning_diloco.engine.file_format.complete`."""
+        if loader is not None and self.places is not None:
+            loader["places"] = self.places.state()
         return file_format.complete(state, self._configured, loader, state_dict)
 
     # ---------------------------------------------------------------------------------------- data
@@ -437,7 +449,8 @@ class Fit:
             use_distributed_sampler: the Trainer's argument.
             overfit: whether the Trainer's ``overfit_batches`` is in force.
         """
-        self.plan = ShardPlan(self.world, self._seed, self.settings.partition, use_distributed_sampler, overfit)
+        partition = self.settings.partition
+        self.plan = ShardPlan(self.world, self._seed, partition, use_distributed_sampler, overfit, places=self.places)
         before, self._shards = self._shards, []
         try:
             yield
@@ -485,6 +498,11 @@ class Fit:
         plan = self.plan
         if plan is None or not self.shards_data:
             return None
+        if self.places is not None and plan.loader:
+            raise MisconfigurationException(
+                f"{type(self.settings.algorithm).__name__} lets every worker read its shard at its own pace, which"
+                " takes a single training loader. The module has several."
+            )
         self.plan = replace(plan, loader=plan.loader + 1)
         return plan
 

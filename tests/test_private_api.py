@@ -61,7 +61,7 @@ def test_only_the_adapters_import_private_names_or_touch_private_attributes() ->
 
 LAYERS = """
     cluster.inputs cluster.availability cluster.presence cluster.schedule cluster.tally cluster.patterns cluster.cluster
-    cluster.timeline cluster.replay cluster.clock cluster.layer_model cluster.planning cluster.calibration
+    cluster.timeline cluster.replay cluster.pace cluster.clock cluster.layer_model cluster.planning cluster.calibration
     cluster.command cluster
     codecs.base codecs.levels codecs.moments codecs.packing codecs.identity codecs.cast codecs.int8 codecs.fp4
     codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.dct
@@ -77,15 +77,16 @@ LAYERS = """
     algorithms.diloco algorithms.periodic_averaging algorithms.data_parallel algorithms.post_local_sgd
     algorithms.sparse_loco algorithms.streaming algorithms.eager algorithms.sparta algorithms.no_loco algorithms.des_loc
     algorithms.slow_mo algorithms.hierarchical algorithms.gpa algorithms.fed_opt algorithms.demo algorithms.edit
-    algorithms
-    engine.file_format engine.checkpoint engine.joining engine.progress engine.times engine.turns engine.telemetry
-    engine.synchronisation engine.views engine.engine
+    algorithms.delayed_nesterov algorithms
+    engine.file_format engine.checkpoint engine.joining engine.places engine.progress engine.times engine.turns
+    engine.telemetry engine.synchronisation engine.views engine.engine
     partitions.draws partitions.labels partitions.rules partitions
     arguments reporting.metrics reporting.tensorboard reporting.plan reporting.hints
     reporting.summary callback reporting.progress reporting fit
     _lightning.reclassed _lightning.surface _lightning.hooks _lightning.hyperparameters _lightning.trainer_state
     _lightning.io _lightning.rounds
-    _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading _lightning.loaders _lightning.data
+    _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading
+    _lightning.own_pace _lightning.loaders _lightning.data
     _lightning.planning _lightning.connectors _lightning.results _lightning.turns _lightning.evaluation _lightning.loops
     _lightning.installation _lightning.launching _lightning.trainers _lightning.ranks _lightning.process
     _lightning.collectives _lightning.team _lightning.fitting

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diloco._lightning.grouping import WorkerBatches, too_few
 from lightning_diloco._lightning.loaders import FirstWorkersLoader, ShardedLoader
+from lightning_diloco._lightning.own_pace import check_length
 from lightning_diloco._lightning.samplers import NO_PARTITION, worker_sampler
 from lightning_diloco.fit import ShardPlan
 from lightning_diloco.reporting.plan import Repeated
@@ -38,7 +39,7 @@ from lightning_diloco.reporting.plan import Repeated
 def split_batch(batch: Any, workers: Sequence[int]) -> dict[int, Any]:
     """The batch of each worker, untouched; only the containers that a CombinedLoader made are made again."""
     if isinstance(batch, WorkerBatches):
-        return batch.by_worker
+        return {w: batch.by_worker[w] for w in workers}
 
     def pick(worker: int) -> Any:
         return tree_map(lambda leaf: leaf.by_worker[worker] if isinstance(leaf, WorkerBatches) else leaf, batch)
@@ -62,6 +63,8 @@ def shard(loader: Any, plan: ShardPlan) -> ShardedLoader:
         stream = stream or f"the loader is a {type(loader).__name__}"
         raise ValueError(NO_PARTITION.format(problem=f"{stream}, a stream"))
     sharded = ShardedLoader(loader, plan, sampler)
+    if plan.places is not None:
+        check_length(loader, sized_len(sharded))
     batches = sized_len(loader)
     if batches and sized_len(sharded) == 0:
         raise too_few(batches, plan)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_diloco._lightning.grouping import WorkerBatches
+from lightning_diloco._lightning.own_pace import OwnBatches, OwnPace
 from lightning_diloco._lightning.reading import copied, read
 from lightning_diloco._lightning.rounds import independent
 from lightning_diloco._lightning.samplers import FirstWorkersSampler, WorkerSampler
@@ -54,11 +55,13 @@ class ShardedLoader:
     _sampler: WorkerSampler | None
     _source: Any
     _place: _Place
+    _pace: OwnPace | None
 
     def __init__(self, loader: Any, plan: ShardPlan, sampler: WorkerSampler | None) -> None:
         source = copied(loader, sampler, plan, plan.workers) if isinstance(loader, DataLoader) else loader
         # not by assignment: this class hands every assignment on to the source
-        vars(self).update(_loader=loader, _plan=plan, _sampler=sampler, _source=source, _place=_Place())
+        pace = None if plan.places is None else OwnPace(loader, plan, sampler)
+        vars(self).update(_loader=loader, _plan=plan, _sampler=sampler, _source=source, _place=_Place(), _pace=pace)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -81,6 +84,9 @@ class ShardedLoader:
 
     def __iter__(self) -> Iterator[WorkerBatches]:
         skip, self._place.skip = self._place.skip, 0
+        if self._pace is not None:
+            pace = self._pace
+            return _Pass(OwnBatches(pace) for _ in range(len(self) - skip))
         return _Pass(self._cycled(skip) if skip and self._place.cycles else self._read(skip))
 
     def _read(self, skip: int) -> Iterator[WorkerBatches]:
@@ -128,6 +134,8 @@ class ShardedLoader:
 
     def abandon(self) -> None:
         """The last pass is over."""
+        if self._pace is not None:
+            self._pace.close()
         trace = getattr(self._source, "__dict__", {}).get("_trace")
         if trace is not None:
             trace.abandon()

@@ -102,6 +102,8 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         assert self._combined_loader is not None
         for loader in self._combined_loader.flattened:
             set_epoch(loader, progress.current.processed)
+        if self._fit.places is not None:
+            self._fit.places.begin(progress.current.processed)
         self._fit.engine.expect_outside_changes()
 
     @override
@@ -146,25 +148,27 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         if isinstance(data_fetcher, _DataLoaderIterDataFetcher):
             iterator, batch_idx = next(data_fetcher), data_fetcher._batch_idx
             self.batch_progress.is_last_batch = data_fetcher.done
-            present = engine.begin_step()
-            read = batches = given = dict.fromkeys(present, data_fetcher._batch)
+            engine.begin_step()
+            taking = engine.active
+            read = batches = given = dict.fromkeys(taking, data_fetcher._batch)
         else:
             fetched, _, _ = next(data_fetcher)
             batch_idx = self.batch_idx + 1
             self.batch_progress.is_last_batch = data_fetcher.done
-            present = engine.begin_step()
-            workers, combined = engine.local_workers, data_fetcher.combined_loader
+            engine.begin_step()
+            taking, workers, combined = engine.active, engine.local_workers, data_fetcher.combined_loader
             # a batch of the user's loader is handed through untouched
-            read = split_batch(fetched, workers) if is_sharded(combined) else {workers[0]: fetched}
-            batches = turns.transfer({w: read[w] for w in present})  # an absent worker's is not used
+            read = split_batch(fetched, taking or workers[:1]) if is_sharded(combined) else {workers[0]: fetched}
+            turns.workers = taking
+            batches = turns.transfer({w: read[w] for w in taking})
             given = {w: batch for w, batch in batches.items() if batch is not None}
-        # callbacks see the first worker's, as on rank 0 under DDP
-        batch = next(iter(given.values()), None) if present else next(iter(read.values()))
+        # callbacks see the first worker's, as on rank 0 under DDP; also where none of this process's is there
+        batch = next(iter(given.values()), None) if taking else read[engine.local_workers[0]]
         self.batch_progress.increment_ready()
         connector.on_batch_start(batch)
 
         outputs: dict[int, Outputs] = {}
-        end_of_epoch = False
+        end_of_epoch, moving = False, engine.active_anywhere
         end_hook_is_due, steps_before = True, engine.local_steps
 
         def end_hook() -> None:
@@ -172,7 +176,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
 
         if len(given) < len(batches):
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-        if given or not present:  # the other processes' workers take the step
+        if given or not taking:  # the other processes' workers take the step
             call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
             left = {w: b for w, b in given.items() if w not in engine.progress.done}  # all, but in a torn step
             responses = turns.hook("on_train_batch_start", left, lambda w: (left[w], batch_idx))
@@ -193,6 +197,8 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                     self._end_step()
         counted = engine.local_steps > steps_before
         self.batch_progress.increment_processed()
+        if fit.places is not None:
+            fit.places.advance(moving, int(trainer.num_training_batches))
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         if self._num_ready_batches_reached():

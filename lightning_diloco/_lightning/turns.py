@@ -43,19 +43,23 @@ class WorkerTurns:
 
     Args:
         loop: Lightning's loop over batches, with workers' results.
+
+    Attributes:
+        workers: those that have turns, in order.
     """
 
     def __init__(self, loop: _TrainingEpochLoop) -> None:
         assert isinstance(loop._results, WorkerResults)
         self._loop, self._trainer, self.results = loop, loop.trainer, loop._results
         self._fit = fit_of(loop.trainer)
+        self.workers = self._fit.engine.active
 
     @contextmanager
     def turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:
         """Inside, ``worker`` is active: module, optimizers, logged values and rank-zero functions are this worker's."""
         fit, results, connector = self._fit, self.results, self._trainer._logger_connector
         first_iteration = connector._first_loop_iter
-        if first_iteration and worker != fit.engine.present[0]:
+        if first_iteration and worker != self.workers[0]:
             connector._first_loop_iter = False  # else the first log() of a hook drops the values of earlier workers
         keep = keep_gradients or self._loop._should_accumulate() or fit.keeps_gradients
         try:
@@ -97,7 +101,6 @@ class WorkerTurns:
             if iterator is not None
             else self._loop._build_kwargs(OrderedDict(), batch, batch_idx)
             for w, batch in batches.items()
-            if w in engine.active
         }
         stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
         counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)

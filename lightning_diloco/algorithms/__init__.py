@@ -4,6 +4,7 @@ from lightning_diloco.algorithms.aggregates import Aggregate, CentredClipping, G
 from lightning_diloco.algorithms.around import Around
 from lightning_diloco.algorithms.base import SyncAlgorithm
 from lightning_diloco.algorithms.data_parallel import DataParallel
+from lightning_diloco.algorithms.delayed_nesterov import DelayedNesterov
 from lightning_diloco.algorithms.demo import DeMo
 from lightning_diloco.algorithms.des_loc import DesLoc
 from lightning_diloco.algorithms.diloco import Diloco
@@ -33,6 +34,7 @@ __all__ = [
     "DataParallel",
     "DeMo",
     "Delayed",
+    "DelayedNesterov",
     "DesLoc",
     "Diloco",
     "DropOut",

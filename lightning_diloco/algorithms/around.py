@@ -25,7 +25,7 @@ class Around(SyncAlgorithm):
         name = type(self).__name__
         if not isinstance(algorithm, SyncAlgorithm):
             raise ValueError(f"{name}: `algorithm` (={algorithm!r}) must be an algorithm. Give an object: Diloco().")
-        if algorithm.anchors != "shared" or type(algorithm).active is not SyncAlgorithm.active:
+        if algorithm.anchors != "shared" or algorithm.chooses_workers:
             raise ValueError(
                 f"{name}: `algorithm` (={type(algorithm).__name__}) must measure Δ_i from θ, and let all workers take"
                 " every step, as Diloco and StreamingDiloco do."

@@ -95,6 +95,15 @@ class SyncAlgorithm(ABC):
         return False
 
     @property
+    def chooses_workers(self) -> bool:
+        """Whether :meth:`active` may ever leave a worker out. Default: if a class has implemented it.
+
+        Every worker then has a pace of its own: it reads its shard batch by batch, and follows learning-rate schedules
+        on its own steps.
+        """
+        return type(self).active is not SyncAlgorithm.active
+
+    @property
     def looks_at_gradients(self) -> bool:
         """Whether :meth:`needs_gradients` may ever say yes. Default: if a class has implemented it."""
         return type(self).needs_gradients is not SyncAlgorithm.needs_gradients

@@ -48,6 +48,8 @@ class SyncContext:
         waiting: the transfers under way, in the order sent.
         taken: the transfers that have arrived in this step.
         changes: what algorithms around others make of an order before, and of its transfer after sending.
+        unsent: an algorithm's own answer whether workers have stepped since they last sent; None: rounds tell.
+        alone: workers whose values were not finite, with nobody else in their transfer.
     """
 
     replicas: Replicas
@@ -69,6 +71,8 @@ class SyncContext:
     last_sent: dict[str, int] = field(default_factory=dict)  # stream → the step in which it was last sent
     ever_sent: set[str] = field(default_factory=set)  # parameters whose weights, or Δ, workers have sent
     changes: list[tuple[Callable[[Order], Order], Callable[[Order, Transfer], None]]] = field(default_factory=list)
+    unsent: Callable[[], bool] | None = None
+    alone: list[int] = field(default_factory=list)
     _flushing: bool = False
     _moved_late: bool = False
     _sent_in_step: dict[tuple[str, int], int] = field(default_factory=dict)  # (stream, step) → how many orders
@@ -201,6 +205,8 @@ class SyncContext:
     @property
     def outstanding(self) -> bool:
         """Whether something is under way, or workers have stepped since they last sent."""
+        if self.unsent is not None:
+            return bool(self.waiting) or self._moved_late or self.unsent()
         recent = {s: at for s, at in self.last_sent.items() if at > self.local_steps - 2 * self.interval}
         of_weights = [at for stream, at in recent.items() if not stream.startswith("gradients")]
         latest = min(of_weights or recent.values(), default=self.origin)
@@ -224,6 +230,7 @@ class SyncContext:
         codec: Codec | None = None,
         everybody: bool = False,
         aggregate: Aggregate | None = None,
+        fresh: bool = False,
     ) -> Transfer:
         """Workers send tensors, which are averaged; the means arrive ``delay`` local steps later.
 
@@ -243,6 +250,7 @@ class SyncContext:
             codec: packs this transfer, instead of the run's codec; ``Identity()``: unpacked.
             everybody: ``participation`` leaves nobody out: for the second part of a message that has arrived in part.
             aggregate: a robust rule that takes the place of the mean; None: the mean.
+            fresh: these workers are known to have stepped since they last sent; else a flush finds out.
 
         Returns:
             The transfer; without ``means``, and not under way, if nobody takes part, or if a flush finds that these
@@ -278,7 +286,7 @@ class SyncContext:
         self._sent_in_step = {k: n for k, n in self._sent_in_step.items() if k[1] == self.step}
         self._sent_in_step[order.stream, self.step] = count + 1
         order = replace(order, again=f", {count}" if count and not self._flushing else "", count=count)
-        if self._flushing and not self._has_news(order):
+        if self._flushing and not fresh and not self._has_news(order):
             return Transfer(order.names, [], sent=self.step, due=self.step, tag=tag, what=what)
         for revise, _ in self.changes:
             order = revise(order)
@@ -292,6 +300,8 @@ class SyncContext:
             self.waiting.append(transfer)
         elif transfer.on_links:  # a part was lost, or all: it was sent all the same
             self.last_sent[order.stream] = self.step
+        if not transfer.means:
+            self.alone += transfer.rejected
         if transfer.rolled_back and order.of_weights:
             for w in [w for w in transfer.rolled_back if w in self.local_workers]:
                 self.merge([w], [n for n in order.names if n in self.names], self.anchor(w))
@@ -374,6 +384,11 @@ class SyncContext:
         group = next((g for g in transfer.groups if worker in g), [])
         weights = self.channel.weights or dict.fromkeys(group, 1.0)
         return weights[worker] / sum(weights[w] for w in group) if group else 0.0
+
+    def emphasis(self, worker: int) -> float:
+        """The worker's weight in means that name none, over the mean of all weights: 1 if they are equal."""
+        weights = self.channel.weights
+        return 1.0 if weights is None else self.num_workers * weights[worker] / sum(weights.values())
 
     def outer_step(self, worker: int, names: Sequence[str], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The worker's own outer step: from its anchor, with a state of the outer optimizer that only it has.

@@ -8,12 +8,14 @@ Imports nothing of Lightning.
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 from lightning_diloco.algorithms.transfer import Transfer
 from lightning_diloco.cluster.clock import Clock
 from lightning_diloco.cluster.cluster import Cluster
+from lightning_diloco.cluster.pace import Pace
 from lightning_diloco.cluster.schedule import Attendance, Schedule
 from lightning_diloco.cluster.tally import Tally
 
@@ -44,8 +46,8 @@ class Machines:
         self.tally, self.entered = Tally(), 0
         self._gradient_bytes = gradient_bytes
         self.clock: Clock | None = None
+        late = None if self.schedule is None else self.schedule.lateness
         if cluster is not None:
-            late = None if self.schedule is None else self.schedule.lateness
             self.clock = Clock(cluster, num_workers, gradient_bytes=gradient_bytes, late=late, record=True)
         self.measures = cluster is not None and cluster.step_seconds == "measured"
         self._told = 0  # the last local step that the clock, or the list of those that are held back, knows
@@ -54,6 +56,32 @@ class Machines:
         self._new: list[float] = []  # worker-steps of this process since the last agreement
         self._latest: deque[float] = deque(maxlen=_MEASURED)  # of all processes, the same on all
         self._foreign: set[Any] = set()  # transfers of a file that has no clock
+        self._late = late
+        self._pace: Pace | None = None
+
+    def keep_pace(self, algorithm: str) -> Pace:
+        """For algorithms under which workers don't wait for each other: who steps when, with a server between them.
+
+        The clock then makes no comparison with data parallelism, whose workers do wait.
+
+        Raises:
+            ValueError: there is no cluster, its speeds are not known beforehand, or it has no place for a server.
+        """
+        if self.cluster is None:
+            raise ValueError(
+                f"{algorithm} lets every worker step at its own speed, and nobody has said how fast they are. Use"
+                " `cluster=Cluster(step_seconds=[...], bandwidth_gbit_s=..., latency_ms=...)`, with the seconds of"
+                " each worker."
+            )
+        if self.cluster.pattern not in (None, "server"):
+            raise ValueError(
+                f"{algorithm} has a server between the workers, but the cluster's `pattern` (={self.cluster.pattern!r})"
+                " has none. Use 'server', or None."
+            )
+        self._pace = Pace(self.cluster, self.num_workers)
+        self.cluster = replace(self.cluster, pattern="server")
+        self.clock = Clock(self.cluster, self.num_workers, late=self._late, record=True)
+        return self._pace
 
     # ---------------------------------------------------------------------------------------- who is there
 
@@ -86,8 +114,10 @@ class Machines:
             self._new += [seconds for w, seconds in self._spent.items() if w in workers]
             self._spent.clear()
             self._held.append((step, list(workers)))
-        else:
+        elif self._pace is None:
             self.clock.step(step, workers)
+        else:
+            self.clock.step(step, workers, {e.worker: e.step for e in self._pace.at(step)})
 
     def settle(self, gather: Gather) -> None:
         """Steps that were held back get their length: the median of the run's latest worker-steps.
@@ -142,7 +172,8 @@ class Machines:
         if self.clock is not None and self.cluster is not None and nbytes and workers:
             pattern = self.cluster.pattern_for(coded=False)
             pattern = "ring" if pattern == "pairs" else pattern  # which can't average over all
-            self.clock.send((what, step), nbytes, [list(workers)], step, pattern)
+            groups = [list(workers)] if self._pace is None else [[w] for w in workers]
+            self.clock.send((what, step), nbytes, groups, step, pattern)
             self.clock.arrive((what, step), workers, step)
 
     def join(self, worker: int, donor: int, nbytes: int, data_parallel_bytes: int, step: int) -> None:
@@ -153,7 +184,7 @@ class Machines:
 
     def resize(self, gradient_bytes: int) -> None:
         """What data parallelism would send per step: parameters may have come, gone, or been (un)frozen."""
-        if self.clock is not None and gradient_bytes != self._gradient_bytes:
+        if self.clock is not None and self._pace is None and gradient_bytes != self._gradient_bytes:
             self._gradient_bytes = gradient_bytes
             self.clock.use(self.clock.cluster, gradient_bytes)
 

@@ -276,7 +276,9 @@ class Sender:
         senders, listed = transfer.senders, ", ".join(map(str, bad))
         of_weights = order.of_weights
         kind = "pseudo-gradient" if of_weights else order.what
-        if self.policies.nonfinite == "raise" or len(bad) == len(senders):
+        # who sends to a server alone may be bad alone: the others go on
+        nobody = len(bad) == len(senders) and any(len(group) > 1 for group in order.groups)
+        if self.policies.nonfinite == "raise" or nobody or len(bad) == len(self.channel.workers):
             where = "Its weights, or θ's, hold" if of_weights else "They hold"
             raise RuntimeError(
                 f"The {kind} of worker {listed} {'is' if of_weights else 'are'} not finite at local step"

@@ -49,7 +49,7 @@ class Sparta(SyncAlgorithm):
         if beside is None:
             vars(self).update(published="average")
             return
-        alone = type(beside).active is SyncAlgorithm.active and not beside.looks_at_gradients
+        alone = not beside.chooses_workers and not beside.looks_at_gradients
         if isinstance(beside, Sparta) or beside.anchors != "shared" or not alone:
             raise ValueError(
                 f"Sparta: `beside` (={type(beside).__name__}) must measure Δ_i from θ, leave gradients alone, and let"

@@ -85,11 +85,17 @@ class Clock:
 
     # ---------------------------------------------------------------------------------------- what happens
 
-    def step(self, step: int, workers: Sequence[int]) -> None:
-        """``workers`` compute local step ``step``, from 1; the others don't move."""
+    def step(self, step: int, workers: Sequence[int], own: Mapping[int, int] | None = None) -> None:
+        """``workers`` compute local step ``step``, from 1; the others don't move.
+
+        Args:
+            step: the run's.
+            workers: global ids.
+            own: worker → which of its own steps it is, for the jitter; None: ``step`` for all.
+        """
         replays, self.last_step = self._replays, step
         for w in workers:
-            computing = _ticks(self.cluster.seconds_of_step(w, step))
+            computing = _ticks(self.cluster.seconds_of_step(w, step if own is None else own[w]))
             late = 0 if self._late is None else _ticks(self._late(step, w))
             for replay in replays:
                 replay.spend(w, "computing", computing, step)
@@ -189,6 +195,11 @@ class Clock:
         return self._run.workers
 
     @property
+    def compares(self) -> bool:
+        """Whether data parallelism is replayed alongside."""
+        return self._parallel is not None
+
+    @property
     def data_parallel(self) -> Replay:
         """The same readings for data parallelism: ``seconds``, ``compute_utilisation``, ``workers``.
 
@@ -196,7 +207,10 @@ class Clock:
             RuntimeError: nobody has said how large the gradients are.
         """
         if self._parallel is None:
-            raise RuntimeError("This clock doesn't replay data parallelism: it was made without `gradient_bytes`.")
+            raise RuntimeError(
+                "This clock doesn't replay data parallelism: it was made without `gradient_bytes`, or for workers that"
+                " don't wait for each other."
+            )
         return self._parallel
 
     def trace(self, path: str | os.PathLike[str]) -> None:

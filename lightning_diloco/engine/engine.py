@@ -138,7 +138,8 @@ class Engine:
             refuse_foreign_tensors(module, optimizers)
             refuse_overlaps(layout)
         worker_streams = dict.fromkeys(streams) if solo else streams
-        own_steps = None if availability is None else OwnSteps(num_workers)
+        apart = availability is not None or algorithm.chooses_workers  # workers may not have stepped as often
+        own_steps = OwnSteps(num_workers) if apart else None
         self._inner = InnerOptimizers(optimizers, scaler_owner, worker_streams, schedulers, initial, own_steps)
         if isinstance(participation, Table):
             participation.check(num_workers)
@@ -201,13 +202,12 @@ class Engine:
         """See :meth:`Turns.turn`."""
         return self.turns.turn(worker, keep_gradients)
 
-    def begin_step(self) -> list[int]:
-        """Workers leave and join before the coming local step; returns those of this process that are there.
+    def begin_step(self) -> None:
+        """Workers leave and join before the coming local step.
 
         All processes call it together before the turns; once per local step something happens.
         """
         self._membership.enter(self.local_steps + 1)
-        return self.context.local_workers
 
     @property
     def present(self) -> list[int]:
@@ -217,8 +217,14 @@ class Engine:
     @property
     def active(self) -> list[int]:
         """The workers of this process that take the coming local step."""
-        chosen = self.algorithm.active(self.local_steps + 1)
+        chosen = self.active_anywhere
         return [w for w in self.context.local_workers if w in chosen]
+
+    @property
+    def active_anywhere(self) -> list[int]:
+        """The workers that take the coming local step, also those of other processes."""
+        chosen = set(self.algorithm.active(self.local_steps + 1))
+        return [w for w in self.context.workers if w in chosen]
 
     def use_weights(self, weights: Mapping[int, float] | None) -> None:
         """From now on workers have these weights in every mean for which the algorithm names none; None: equal ones."""
@@ -281,8 +287,8 @@ class Engine:
     @property
     def differs_in_active_workers(self) -> bool:
         """Whether workers may be active on some processes and not on others."""
-        chooses = type(self.algorithm).active is not SyncAlgorithm.active
-        return self.world.size > 1 and (chooses or self.context.machines.schedule is not None)
+        some = self.algorithm.chooses_workers or self.context.machines.schedule is not None
+        return self.world.size > 1 and some
 
     def _after_synchronisation(self, reports: Sequence[OuterStepReport]) -> None:
         if reports:
@@ -453,6 +459,12 @@ class Engine:
                 f"`num_nodes` (={self.num_workers}) differs from the {state['num_workers']} workers of the checkpoint,"
                 f" and {type(self.algorithm).__name__} needs workers whose optimizers are in the same state; new ones"
                 " would start afresh. Resume with the same number."
+            )
+        if state["num_workers"] != self.num_workers and self.algorithm.chooses_workers:
+            raise ValueError(
+                f"`num_nodes` (={self.num_workers}) differs from the {state['num_workers']} workers of the checkpoint,"
+                f" and under {type(self.algorithm).__name__} every worker has a place of its own in the data and its"
+                " schedules. Resume with the same number."
             )
         self._live_module.set_plain_run(False)
         checkpoint.apply(state, self.context)

@@ -19,7 +19,8 @@ GROUPING = "parameters of the outer optimizer"  # the entry of a run's settings 
 Packed = dict[str, Any]
 WEIGHTS = "weights"
 AVAILABILITY = "availability of the cluster"
-_BEFORE = {WEIGHTS: "uniform", AVAILABILITY: "None"}  # what runs had before there were these settings
+SPEEDS = "speeds of the cluster"
+_BEFORE = {WEIGHTS: "uniform", AVAILABILITY: "None", SPEEDS: "None"}  # what runs had before there were these settings
 
 
 class StreamState(TypedDict):
@@ -81,6 +82,7 @@ class LoaderState(TypedDict):
     consumed: int  # batches of the epoch that each worker has trained on
     cycles: bool  # whether shorter loaders start again
     loaders: int
+    places: NotRequired[list[list[int]]]  # per worker: epoch, and batches of it; of workers that don't step together
 
 
 class TornState(TypedDict):

@@ -184,7 +184,9 @@ class Synchronisation:
                     **ctx.machines.readings(transfer),
                 )
             )
-        ctx.taken, ctx.merged = [], set()
+        if ctx.alone:
+            self._restart(ctx.alone)
+        ctx.taken, ctx.merged, ctx.alone = [], set(), []
         return reports
 
     def _apply_policies(self, transfer: Transfer, at_the_end: bool) -> None:

@@ -150,12 +150,13 @@ class Summary:
 
 
 def _on_the_cluster(clock: Clock) -> str:
+    busy = 100 * (clock.compute_utilisation or 0.0)
+    line = f"DiLoCo: on the cluster {clock.seconds:,.6g} s, {busy:.3g} % of them computing"
+    if not clock.compares:
+        return f"{line}."
     parallel = clock.data_parallel
-    busy, of_parallel = (100 * (c.compute_utilisation or 0.0) for c in (clock, parallel))
-    return (
-        f"DiLoCo: on the cluster {clock.seconds:,.6g} s, {busy:.3g} % of them computing; data parallelism would have"
-        f" taken {parallel.seconds:,.6g} s, {of_parallel:.3g} %."
-    )
+    of_parallel = 100 * (parallel.compute_utilisation or 0.0)
+    return f"{line}; data parallelism would have taken {parallel.seconds:,.6g} s, {of_parallel:.3g} %."
 
 
 def outer_state(factory: OuterFactory) -> tuple[float, int]:
