@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import processes
 import pytest
+import test_interrupted as interrupted
 import torch
 import yaml
 from algorithms import OneAtATime
@@ -241,6 +242,17 @@ def test_a_run_resumes_at_any_step(name: str, tmp_path: Path) -> None:
         assert_equal(rest.module, whole.module)
         assert rest.steps == whole.steps
         assert rest.bytes == whole.bytes
+
+
+@pytest.mark.filterwarnings("ignore:.*(was called without a model|is set, but there is no last)")
+@pytest.mark.parametrize(("worker", "batch"), [(1, 3), (2, 3), (2, 5), (1, 6)])
+def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(worker: int, batch: int) -> None:
+    settings = {"algorithm": DelayedNesterov(), "cluster": cluster([0.1, 0.1, 0.2])}
+    undisturbed, *_ = interrupted.run(interrupted.Ill(None), **settings)
+    with pytest.warns(UserWarning, match=f"Local step {batch + 1} was interrupted"), pytest.raises(ArithmeticError):
+        interrupted.run(interrupted.Ill(worker, "training_step", batch), **settings)
+    resumed, *_ = interrupted.run(interrupted.Ill(None), "rescue.ckpt", **settings)
+    interrupted.assert_same_run(resumed, undisturbed)
 
 
 @pytest.mark.processes

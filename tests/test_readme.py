@@ -47,7 +47,7 @@ def run(document: str, tag: str = "") -> int:
     ("document", "blocks", "printed"),
     [
         ("README", 2, "'outer_model': 264"),
-        ("algorithms", 4, "step 4: the workers' pseudo-gradients have a mean cosine of"),
+        ("algorithms", 5, "step 4: the workers' pseudo-gradients have a mean cosine of"),
         ("checkpoints", 1, ""),
         ("watching", 1, "['val_loss', 'val_loss/outer', 'val_loss/worker_0']"),
         ("compare", 1, "| plain average, H=5       |   4 |   5 |     640 |"),
