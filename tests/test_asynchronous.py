@@ -48,6 +48,7 @@ from lightning_diloco import (
     ErrorFeedback,
     Identity,
     Table,
+    compare,
 )
 from lightning_diloco.cluster.pace import Pace
 
@@ -605,6 +606,17 @@ def test_a_worker_that_joins_starts_from_theta_with_a_whole_budget(tmp_path: Pat
     for step in (4, 9):
         rest = train(tmp_path, algorithm=DelayedNesterov(), cluster=described, resume=tmp_path / f"{step}.ckpt")
         assert_equal(rest.history, whole.history[step:])
+
+
+def test_a_comparison_counts_the_samples_that_were_trained_on(tmp_path: Path) -> None:
+    run = {"num_nodes": 2, "diloco_interval": 4, "algorithm": DelayedNesterov(), "cluster": cluster([0.1, 0.2])}
+    options = {"accelerator": "cpu", "max_steps": 7, "val_check_interval": 7, "check_val_every_n_epoch": None}
+    found = compare(Net, loaders, {"apart": run}, trainer=options, folder=tmp_path, seeds=1, progress_bar=False)
+    assert found.data["samples"].tolist() == [4 * (7 + 3), 4 * (7 + 3)]
+
+
+def loaders() -> Any:
+    return loader(regression_data(320)), loader(regression_data(8), shuffle=False)
 
 
 def test_codecs_pack_every_arrival(tmp_path: Path) -> None:

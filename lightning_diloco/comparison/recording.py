@@ -32,7 +32,6 @@ class Recorder(L.Callback):
     """Records a row per validation.
 
     Args:
-        num_workers: N.
         progress: called now and then with the completed part of the run, 0 to 1.
 
     Attributes:
@@ -44,10 +43,10 @@ class Recorder(L.Callback):
         logger: passes on what Lightning logs in validations; belongs among the Trainer's loggers.
     """
 
-    def __init__(self, num_workers: int, progress: Callable[[float], None]) -> None:
+    def __init__(self, progress: Callable[[float], None]) -> None:
         self.rows: list[Row] = []
         self.logger = _Metrics()
-        self._num_workers, self._progress = num_workers, progress
+        self._progress = progress
         self._step = self._global_step = 0
         self._samples: float = 0
         self._losses: list[torch.Tensor] = []
@@ -65,8 +64,11 @@ class Recorder(L.Callback):
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # Lightning has divided it by the number of batches
             self._losses.append(loss.detach().reshape(()) * trainer.accumulate_grad_batches)
         strategy = trainer.strategy
-        there = len(strategy._engine.context.workers) if isinstance(strategy, DilocoStrategy) else self._num_workers
-        self._samples += there * _samples_in(batch)  # the shards of all workers are equally long
+        if isinstance(strategy, DilocoStrategy):  # workers may be absent, or slower than others
+            seen = strategy._engine.seen.samples(strategy._engine.world)
+            self._samples = float("nan") if seen is None else seen
+        else:
+            self._samples += _samples_in(batch)
         if trainer.global_step == self._global_step:
             return  # gradients are accumulating: no local step yet
         self._global_step = trainer.global_step  # with several optimizers it counts all of their steps

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_diloco.arguments import as_integer, plain_value
 from lightning_diloco.callback import DilocoCallback
 from lightning_diloco.comparison.recording import COLUMNS, Recorder, Row
-from lightning_diloco.comparison.runs import Arguments, Run, workers_and_interval
+from lightning_diloco.comparison.runs import Arguments, Run
 from lightning_diloco.state.randomness import seed_variables_kept
 
 QUIET: Arguments = {
@@ -102,7 +102,7 @@ def train(task: Task, progress: Callable[[float], None]) -> list[Row]:
             raise ValueError(f"`module` must return a LightningModule; it returned {module!r}.")
         data = task.data(**copy.deepcopy(dict(task.run.data)))
         loaders = _loaders(data)
-        recorder = Recorder(workers_and_interval(task.run)[0], progress)
+        recorder = Recorder(progress)
         trainer = L.Trainer(**_arguments(task, recorder))
         trainer.fit(module, **loaders("train_dataloaders", "val_dataloaders"))
         trainer.validate(module, **loaders(None, "dataloaders"), verbose=False)
