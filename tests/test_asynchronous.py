@@ -50,6 +50,7 @@ from lightning_diloco import (
     Table,
     compare,
 )
+from lightning_diloco._lightning.own_pace import OwnPace
 from lightning_diloco.cluster.pace import Pace
 
 N = 4
@@ -436,6 +437,19 @@ def test_two_processes_read_the_same(tmp_path: Path) -> None:
     whole = reads(LOADERS["shuffled"][0], {}, 5, **settings)
     assert {**found[0][0], **found[1][0]} == whole.read
     assert {**found[0][1], **found[1][1]} == whole.rates
+
+
+def test_a_shard_is_opened_once_per_epoch_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[int, Any]] = []
+    before = OwnPace._open
+
+    def note(self: Any, worker: int, place: Any) -> Any:
+        opened.append((worker, tuple(place)))
+        return before(self, worker, place)
+
+    monkeypatch.setattr(OwnPace, "_open", note)
+    reads(LOADERS["shuffled"][0], {}, 4, algorithm=DelayedNesterov(), cluster=cluster([0.1, 0.2]))
+    assert sorted(opened) == [*((0, (epoch, 0)) for epoch in range(4)), (1, (0, 0)), (1, (1, 0))]
 
 
 def test_any_algorithm_that_chooses_workers_reads_so() -> None:
