@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import interruptions
 import lightning as L
 import processes
 import pytest
-import test_interrupted as interrupted
 import torch
 import yaml
 from algorithms import OneAtATime
@@ -250,11 +250,11 @@ def test_a_run_resumes_at_any_step(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("worker", "batch"), [(1, 3), (2, 3), (2, 5), (1, 6)])
 def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(worker: int, batch: int) -> None:
     settings = {"algorithm": DelayedNesterov(), "cluster": cluster([0.1, 0.1, 0.2])}
-    undisturbed, *_ = interrupted.run(interrupted.Ill(None), **settings)
+    undisturbed, *_ = interruptions.run(interruptions.Ill(None), **settings)
     with pytest.warns(UserWarning, match=f"Local step {batch + 1} was interrupted"), pytest.raises(ArithmeticError):
-        interrupted.run(interrupted.Ill(worker, "training_step", batch), **settings)
-    resumed, *_ = interrupted.run(interrupted.Ill(None), "rescue.ckpt", **settings)
-    interrupted.assert_same_run(resumed, undisturbed)
+        interruptions.run(interruptions.Ill(worker, "training_step", batch), **settings)
+    resumed, *_ = interruptions.run(interruptions.Ill(None), "rescue.ckpt", **settings)
+    interruptions.assert_same_run(resumed, undisturbed)
 
 
 @pytest.mark.processes

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import twins
+from cases import assert_agrees
 from family import (
     INNER,
     INTERVAL,
     STEPS,
-    TOLERANCE,
     WORKERS,
+    Breaks,
     Layers,
-    Run,
     Save,
     assert_same_run,
     batches_of,
@@ -23,9 +23,9 @@ from family import (
     several,
     start,
     train,
+    unequal,
 )
 from helpers import assert_equal, slow_but
-from torch import Tensor
 
 from lightning_diloco import (
     FP4,
@@ -37,6 +37,7 @@ from lightning_diloco import (
     Krum,
     PeriodicAveraging,
     Robust,
+    Sparta,
     StreamingDiloco,
     SyncAlgorithm,
 )
@@ -73,20 +74,6 @@ def oracle_of(name: str) -> twins.Edit:
     twin = twins.Edit(start(), WORKERS, Layers.loss, INNER["adamw"], interval, outer=NESTEROV, **options)
     twin.train(batches_of(WORKERS, steps))
     return twin
-
-
-def assert_agrees(ours: Run, twin: twins.Edit) -> None:
-    for t, ((theta, workers), (expected, others)) in enumerate(zip(ours.history, twin.history, strict=True), start=1):
-        assert difference(theta, expected) <= TOLERANCE, f"θ after step {t}"
-        assert max(difference(workers[w], others[w]) for w in range(WORKERS)) <= TOLERANCE, f"after step {t}"
-    assert difference(ours.module, twin.theta.state_dict()) <= TOLERANCE
-    assert [(r.step, r.sent_step, r.names) for r in ours.reports] == [
-        (a.arrived, a.step, a.names) for a in twin.arrivals
-    ]
-    for report, arrival in zip(ours.reports, twin.arrivals, strict=True):
-        assert arrival.mean is not None
-        norm = torch.cat([t.flatten() for t in arrival.mean.values()]).norm().item()
-        assert report.pseudo_gradient_norm == pytest.approx(norm, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", slow_but({"all", "softmax", "clipped"}, CASES))
@@ -150,15 +137,6 @@ def test_a_worker_that_has_moved_far_has_little_weight(tmp_path: Path) -> None:
         assert near == isinstance(outer, Edit)
 
 
-class Breaks(Layers):
-    """Worker 1's loss is NaN in step 5."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        strategy: Any = self.trainer.strategy
-        broken = strategy.current_worker == 1 and strategy.local_steps == 4
-        return super().training_step(batch, batch_idx) * (float("nan") if broken else 1.0)
-
-
 @pytest.mark.filterwarnings("ignore:Worker 1 is left out")
 def test_a_worker_that_is_not_finite_is_named_or_left_out(tmp_path: Path) -> None:
     def algorithm() -> Edit:
@@ -171,14 +149,15 @@ def test_a_worker_that_is_not_finite_is_named_or_left_out(tmp_path: Path) -> Non
     assert all(torch.isfinite(t).all() for t in ours.module.values())
 
 
-def unequal(dataset: Any, num_workers: int) -> list[list[int]]:
-    indices = iter(range(len(dataset)))
-    return [[next(indices) for _ in range(6 + 12 * w)] for w in range(num_workers)]
-
-
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     wrong: list[tuple[Callable[[], Any], str]] = [
         (lambda: Edit(Eager()), r"^Edit: `algorithm` \(=Eager\) must measure Δ_i from θ"),
+        (
+            lambda: Edit(DataParallel(), max_norm=1.0),
+            r"^Edit: `max_norm`, .* \(=DataParallel\) sends gradients\. Leave",
+        ),
+        (lambda: Edit(Robust(Sparta(), Krum(1)), threshold=3.0), r"^Robust acts on Δ"),
+        (lambda: Edit(Sparta(), temperature=1.0), r"^Edit: `max_norm`, .* but `algorithm` \(=Sparta\) sends elements"),
         (lambda: Edit(Diloco(), -1), r"^Edit: `warmup_rounds` \(=-1\) must be an integer ≥ 0"),
         (lambda: Edit(Diloco(), max_norm=0), r"^Edit: `max_norm` \(=0\) must be a number > 0"),
         (lambda: Edit(Diloco(), temperature=-1.0), r"^Edit: `temperature` \(=-1.0\) must be a number > 0"),

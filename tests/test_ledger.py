@@ -1,16 +1,29 @@
 """What is a message, what crosses the wire, and what does a single worker send?"""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import Net, loader, trainer
 
-from lightning_diloco import FP4, Cast, DilocoCallback, DilocoStrategy, DropOut
+from lightning_diloco import (
+    FP4,
+    Cast,
+    DataParallel,
+    Diloco,
+    DilocoCallback,
+    DilocoStrategy,
+    DropOut,
+    Robust,
+    SyncAlgorithm,
+    TrimmedMean,
+)
 from lightning_diloco.comm.ledger import Ledger, LedgerEntry
 
 
-def fit(**settings: Any) -> tuple[Any, list[Any]]:
+def fit(resume: Path | None = None, end: Path | None = None, **settings: Any) -> tuple[Any, list[Any]]:
     reports: list[Any] = []
 
     class Keep(DilocoCallback):
@@ -18,7 +31,10 @@ def fit(**settings: Any) -> tuple[Any, list[Any]]:
             reports.append(report)
 
     strategy = DilocoStrategy(**{"num_nodes": 4, "diloco_interval": 2, **settings})
-    trainer(strategy, callbacks=[Keep()], max_steps=4, max_epochs=-1).fit(Net(batch_norm=False), loader())
+    t = trainer(strategy, callbacks=[Keep()], max_steps=4 if resume is None else 6, max_epochs=-1)
+    t.fit(Net(batch_norm=False), loader(), ckpt_path=resume)
+    if end is not None:
+        t.save_checkpoint(end)
     return strategy, reports
 
 
@@ -51,7 +67,7 @@ def test_the_wire_of_a_coded_run() -> None:
     """Halves up, whole numbers down; codes can't be summed on the way."""
     strategy, _ = fit(codec=Cast("bf16"), num_nodes=2)
     ledger = strategy.ledger
-    assert ledger.entries == [LedgerEntry(step, "delta", SIZE // 2, 2, SIZE) for step in (2, 4)]
+    assert ledger.entries == [LedgerEntry(step, "delta", SIZE // 2, 2, SIZE, gathered=True) for step in (2, 4)]
     assert ledger.wire_bytes("server") == (SIZE, 2 * SIZE)
     assert ledger.wire_bytes("all_gather") == (SIZE, SIZE)
     with pytest.raises(ValueError) as caught:
@@ -63,6 +79,26 @@ def test_the_wire_of_a_coded_run() -> None:
     with pytest.raises(ValueError) as caught:
         ledger.wire_bytes("tree")
     assert str(caught.value) == "`pattern` (='tree') must be one of 'ring', 'all_gather', 'server'."
+
+
+@pytest.mark.parametrize(("make", "what", "first"), [(Diloco, "delta", 2), (DataParallel, "gradients", 1)])
+def test_the_wire_of_robust_means(make: Callable[[], SyncAlgorithm], what: str, first: int, tmp_path: Path) -> None:
+    """As many bytes as without, but everybody needs all of them; a file remembers that."""
+    file = tmp_path / "end.ckpt"
+    strategy, _ = fit(algorithm=Robust(make(), TrimmedMean(1)), end=file)
+    count = 4 // first
+    resumed, _ = fit(algorithm=Robust(make(), TrimmedMean(1)), resume=file)
+    assert resumed.ledger.entries[: len(strategy.ledger.entries)] == strategy.ledger.entries
+    for ledger in (strategy.ledger, Ledger(resumed.ledger.entries[:count])):
+        assert ledger.entries[0] == LedgerEntry(first, what, SIZE, 4, SIZE, gathered=True)
+        assert ledger.wire_bytes("all_gather") == (3 * count * SIZE, 3 * count * SIZE)
+        assert ledger.wire_bytes("server") == (count * SIZE, count * SIZE)
+        with pytest.raises(ValueError) as caught:
+            ledger.wire_bytes("ring")
+        assert str(caught.value) == (
+            "`pattern` (='ring') sums what workers send on the way, which is impossible with the coded or robustly"
+            f" averaged {what!r} of local step {first}. Use 'all_gather' or 'server'."
+        )
 
 
 def test_only_participants_share_a_ring() -> None:

@@ -13,7 +13,7 @@ import torch
 from family import (
     INTERVAL,
     TOLERANCE,
-    Layers,
+    Breaks,
     Run,
     Save,
     assert_same_run,
@@ -21,6 +21,7 @@ from family import (
     several,
     start,
     train,
+    unequal,
 )
 from helpers import assert_equal, slow_but
 from torch import Tensor
@@ -39,6 +40,7 @@ from lightning_diloco import (
     Krum,
     PeriodicAveraging,
     Robust,
+    Sparta,
     StreamingDiloco,
     SyncAlgorithm,
     TrimmedMean,
@@ -307,15 +309,6 @@ def test_another_rule_on_resume_is_named(tmp_path: Path) -> None:
         train(tmp_path, algorithm=robust(GeometricMedian()), resume=tmp_path / "7.ckpt")
 
 
-class Breaks(Layers):
-    """Worker 1's loss is NaN in step 5."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        strategy: Any = self.trainer.strategy
-        broken = strategy.current_worker == 1 and strategy.local_steps == 4
-        return super().training_step(batch, batch_idx) * (float("nan") if broken else 1.0)
-
-
 @pytest.mark.filterwarnings("ignore:Worker 1 is left out")
 @pytest.mark.parametrize("diagnostics", [True, False])
 def test_a_worker_that_is_not_finite_is_found_before_a_rule_hides_it(diagnostics: bool, tmp_path: Path) -> None:
@@ -324,11 +317,6 @@ def test_a_worker_that_is_not_finite_is_found_before_a_rule_hides_it(diagnostics
         train(tmp_path, **settings)
     ours = train(tmp_path, nonfinite="skip", **settings)
     assert ours.reports[0].participants == (0, 2, 3)
-
-
-def unequal(dataset: Any, num_workers: int) -> list[list[int]]:
-    indices = iter(range(len(dataset)))
-    return [[next(indices) for _ in range(6 + 12 * w)] for w in range(num_workers)]
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
@@ -341,6 +329,12 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         (lambda: Robust(Diloco(), "mean"), r"^Robust: `aggregate` \(='mean'\) must be a rule"),  # type: ignore[arg-type]
         (lambda: Robust(Eager(), Krum(1)), r"^Robust: `algorithm` \(=Eager\) must measure Δ_i from θ"),
         (lambda: Robust(Krum(1), Krum(1)), r"^Robust: `algorithm` \(=Krum.*\) must be an algorithm"),  # type: ignore[arg-type]
+        (
+            lambda: Robust(Sparta(), Krum(1)),
+            r"^Robust acts on Δ, weights and gradients, but .* \(=Sparta\) sends ele",
+        ),
+        (lambda: Corrupt(Robust(Sparta(), Krum(1)), [0]), r"^Robust acts on Δ"),
+        (lambda: Corrupt(Sparta(), [0]), r"^Corrupt acts on Δ, .* as in Sparta\(beside=Corrupt\(Diloco\(\), …\)\)\.$"),
         (lambda: Corrupt(Diloco(), [-1]), r"^Corrupt: `workers` \(=\[-1\]\) must be a list of workers"),
         (lambda: Corrupt(Diloco(), [0], True), r"^Corrupt: `scale` \(=True\) must be a number"),
         (lambda: train(tmp_path, algorithm=robust(Krum(1)), steps=1), r"^Robust: Krum.* needs at least 5 workers, but"),
@@ -357,3 +351,13 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     for make, text in wrong:
         with pytest.raises(ValueError, match=text):
             make()
+
+
+def test_beside_a_robust_algorithm_sparta_exchanges_plainly(tmp_path: Path) -> None:
+    """Inside or around it; with p = 0 it is the robust run, bit for bit."""
+    alone = train(tmp_path, algorithm=robust(TrimmedMean(1), bad=[1]))
+    inside, around = Sparta(0.0, beside=robust(TrimmedMean(1), bad=[1])), Sparta(0.0, beside=Diloco())
+    for made in (inside, robust(TrimmedMean(1), around, [1])):
+        assert_same_run(train(tmp_path, algorithm=made), alone)
+    with pytest.raises(ValueError, match=r"^Robust: Krum.* needs at least 5 workers"):
+        train(tmp_path, algorithm=Sparta(0.1, beside=robust(Krum(1))), steps=1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oracles import Loss, MakeOptimizer, States, states, trainable
+from oracles import Loss, MakeOptimizer, Oracle, States, states, trainable
 from torch import Tensor, nn
 
 Named = dict[str, Tensor]
@@ -107,6 +107,14 @@ class Twin:
     def show_mean(self) -> None:
         """Others see the mean of the replicas."""
         self.put_theta(mean_of([self.weights(i) for i in range(self.n)]))
+
+    def average(self) -> None:
+        """All take the mean of their weights."""
+        mean = mean_of([self.weights(i) for i in range(self.n)])
+        self.note(self.step, range(self.n), minus({n: p.detach() for n, p in self.theta_of.items()}, mean))
+        self.put_theta(mean)
+        for i in range(self.n):
+            self.put(i, mean)
 
     def note(self, step: int, participants: Sequence[int], mean: Named | None, names: int | None = None) -> None:
         self.arrivals.append(Arrival(self.step, step, participants, mean, len(mean or {}) if names is None else names))
@@ -243,6 +251,97 @@ class WithTheta(Twin):
             self.synchronise()
 
 
+class Trimmed(WithTheta):
+    """DiLoCo whose mean leaves out the f largest and smallest of each element (1803.01498); some send other Δ_i."""
+
+    def begin(self, outer: Any, f: int, corrupt: dict[int, float]) -> None:
+        super().begin(outer)
+        self.f, self.corrupt = f, corrupt
+
+    def synchronise(self, shares: Sequence[float] | None = None) -> None:
+        sent = [minus(self.shared(), self.weights(i)) for i in range(self.n)]
+        for i, factor in self.corrupt.items():
+            sent[i] = {n: factor * t for n, t in sent[i].items()}
+        kept = {n: torch.stack([s[n] for s in sent]).sort(0).values[self.f : self.n - self.f] for n in self.names}
+        delta = {n: rows.mean(0) for n, rows in kept.items()}
+        values = self.outer.step(delta)
+        self.put_theta(values)
+        for i in range(self.n):
+            self.put(i, values)
+        self.note(self.step, range(self.n), delta)
+
+
+class DataParallel(Twin):
+    """Until step ``switch`` the mean gradient for all; then their mean every H steps (post-local SGD, 1808.07217)."""
+
+    def begin(self, switch: float = math.inf) -> None:
+        self.switch = switch
+
+    def before_inner_steps(self) -> None:
+        if self.step <= self.switch:
+            mean = mean_of([{n: p.grad.clone() for n, p in w.items() if p.grad is not None} for w in self.worker_of])
+            for of_worker in self.worker_of:
+                for n, p in of_worker.items():
+                    p.grad = mean[n].clone()
+            self.note(self.step, range(self.n), mean)
+
+    def exchange(self) -> None:
+        if self.step <= self.switch:
+            self.put_theta(self.weights(0))
+        elif (self.step - self.switch) % self.interval == 0:
+            self.average()
+
+    def flush(self) -> None:
+        if self.step > self.switch and (self.step - self.switch) % self.interval:
+            self.average()
+
+
+class Fragments(Oracle):
+    """``Oracle``, DiLoCo and Streaming DiLoCo, with the manners of a twin."""
+
+    def __init__(
+        self, model: nn.Module, num_workers: int, loss: Loss, inner: Any, interval: int, outer: Any, **form: Any
+    ) -> None:
+        super().__init__(model, num_workers, loss, inner, outer, interval, **form)
+
+    def train(self, batches: Sequence[Sequence[Any]], flush: bool = True) -> "Fragments":  # type: ignore[override]
+        super().train(batches)
+        if flush:
+            self.flush()
+        return self
+
+
+class Driven:
+    """An inner optimizer as a Trainer drives it: gradients are clipped by norm, and its learning rate has a schedule.
+
+    Args:
+        params: the parameters.
+        make: makes the optimizer.
+        clip: the largest norm, with torch's 1e-6 in the division; None: any.
+        schedule: steps that have been taken → factor of the learning rate.
+    """
+
+    def __init__(self, params: Any, make: MakeOptimizer, clip: float | None, schedule: Callable[[int], float]) -> None:
+        self.params = list(params)
+        self.optimizer = make(self.params)
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+        self.clip, self.schedule, self.taken = clip, schedule, 0
+        self.lrs = [group["lr"] for group in self.param_groups]
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        for group, lr in zip(self.param_groups, self.lrs, strict=True):
+            group["lr"] = lr * self.schedule(self.taken)
+        if self.clip is not None:
+            norm = float(torch.cat([p.grad.flatten() for p in self.params if p.grad is not None]).norm())
+            for p in self.params:
+                p.grad = None if p.grad is None else p.grad * min(1.0, self.clip / (norm + 1e-6))
+        self.optimizer.step()
+        self.taken += 1
+
+
 class Sparta(WithTheta):
     """SPARTA: every k steps the elements at ``positions(step, name, count)`` take their mean; then DiLoCo, if asked."""
 
@@ -328,13 +427,6 @@ class DesLoc(Twin):
                 self.note(self.step, range(self.n), mean)
         if self.round_ends:
             self.average()
-
-    def average(self) -> None:
-        mean = mean_of([self.weights(i) for i in range(self.n)])
-        self.note(self.step, range(self.n), minus({n: p.detach() for n, p in self.theta_of.items()}, mean))
-        self.put_theta(mean)
-        for i in range(self.n):
-            self.put(i, mean)
 
     def flush(self) -> None:
         if self.partial:

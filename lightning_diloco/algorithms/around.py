@@ -35,6 +35,7 @@ class Around(SyncAlgorithm):
             outer_defaults=algorithm.outer_defaults,
             published=algorithm.published,
             codec=algorithm.codec,
+            sends=algorithm.sends,
             gradients_are_final=algorithm.gradients_are_final,
         )
 

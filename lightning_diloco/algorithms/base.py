@@ -66,6 +66,9 @@ class SyncAlgorithm(ABC):
     anchors: ClassVar[Literal["shared", "own"]] = "shared"
     """From where Δ_i is measured: all from θ, or each worker from the values that it last took over (N more models)."""
 
+    sends: ClassVar[str] = "delta"
+    """The kind of what it sends in the first place, by which algorithms around it know whether they change anything."""
+
     gradients_are_final: ClassVar[bool] = False
     """Whether ``before_inner_step`` makes something of gradients that the Trainer must not clip, like signs."""
 

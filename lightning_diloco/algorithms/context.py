@@ -377,6 +377,19 @@ class SyncContext:
                     else:
                         _scatter(tensors[n], index[n], values[n], write)
 
+    def renew(self, transfer: Transfer) -> None:
+        """The workers that a transfer has left out as not finite start anew at once, with a fresh inner state.
+
+        For algorithms that give workers new weights before a transfer arrives: with the old inner state these would not
+        be finite for long.
+        """
+        here = [w for w in transfer.rejected if w in self.local_workers]
+        for w in here:
+            self.inner.workers[w].reset_inner_state(self.inner.initial)
+        if here:
+            self.inner.activate_first()  # else what the optimizers still hold would be an outside change
+        transfer.renewed = True
+
     # ---------------------------------------------------------------------------------------- own outer values
 
     def share(self, transfer: Transfer, worker: int) -> float:

@@ -7,6 +7,8 @@ Every local step::
     θ   ← θ_i
 """
 
+from typing import ClassVar
+
 from typing_extensions import override
 
 from lightning_diloco.algorithms.base import SyncAlgorithm
@@ -26,6 +28,8 @@ class DataParallel(SyncAlgorithm):
     theirs.
     Proof: ``test_family.py`` (joined batches, clipping).
     """
+
+    sends: ClassVar[str] = "gradients"
 
     @override
     def setup(self) -> None:

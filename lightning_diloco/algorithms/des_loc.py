@@ -27,7 +27,7 @@ class DesLoc(PeriodicAveraging):
 
     When: inner Adam or AdamW whose moments part between workers, as in long rounds or on non-iid data.
     Cost: the model's bytes every H, K_u and K_v steps: 1.5 times those of periodic averaging with the defaults.
-    Proof: ``test_variants.py``; with endless periods it is periodic averaging bit for bit.
+    Proof: ``test_variants.py``, ``test_des_loc.py``; with endless periods it is periodic averaging bit for bit.
     """
 
     def __init__(self, exp_avg_interval: int | None = None, exp_avg_sq_interval: int | None = None) -> None:

@@ -34,6 +34,7 @@ class _Overlapped(SyncAlgorithm):
         if ctx.due(step):
             sent = ctx.send(ctx.names, ctx.delta, delay=ctx.interval)
             self._take_in(sent, ctx.arrived())
+            ctx.renew(sent)
 
     @override
     def flush(self, step: int) -> None:
@@ -58,7 +59,7 @@ class Delayed(_Overlapped):
 
     When: communication has to hide behind a whole round; as the baseline of :class:`Eager`, which loses less.
     Cost: DiLoCo's bytes; a transfer under way in memory.
-    Proof: ``test_variants.py``.
+    Proof: ``test_variants.py``, ``test_eager.py``.
     """
 
     @override
@@ -80,7 +81,7 @@ class Eager(_Overlapped):
 
     When: communication has to hide behind a whole round.
     Cost: DiLoCo's bytes; per worker three more models with the default outer optimizer: φ_i, momentum, rest.
-    Proof: ``test_variants.py``; N = 1 is Diloco; with outer SGD all workers agree after the flush.
+    Proof: ``test_variants.py``, ``test_eager.py``; N = 1 is Diloco; with outer SGD all workers agree after the flush.
     """
 
     published: ClassVar[Literal["outer", "average"]] = "average"

@@ -48,8 +48,9 @@ class Edit(Around):
         restart_every: R ≥ 1, rounds, those of the warm-up included, after which momentum starts anew; None: never.
 
     Raises:
-        ValueError: an argument is out of its range; when training starts: ``restart_every`` of an algorithm without
-            outer optimizer; when sending: ``temperature`` together with the strategy's ``weights="samples"``.
+        ValueError: an argument is out of its range, or is for Δ, which the algorithm doesn't send; when training
+            starts: ``restart_every`` of an algorithm without outer optimizer; when sending: ``temperature`` together
+            with the strategy's ``weights="samples"``.
 
     When: data or machines of very different quality; learning rates that are too high for DiLoCo alone.
     Cost: two passes over Δ_i for the norms; three numbers per tensor and worker.
@@ -85,6 +86,12 @@ class Edit(Around):
             if value is not None and not (number and 0 < value < most):
                 rule = "a number > 0" if most == math.inf else "a number between 0 and 1"
                 raise ValueError(f"Edit: `{name}` (={value!r}) must be {rule}.")
+        if self.sends != "delta" and (max_norm, temperature, threshold) != (None, None, None):
+            inside = type(algorithm).__name__
+            raise ValueError(
+                f"Edit: `max_norm`, `temperature` and `threshold` act on Δ, but `algorithm` (={inside}) sends"
+                f" {self.sends}. Leave them out."
+            )
         self.warmup_rounds, self.max_norm, self.temperature = warmup_rounds, max_norm, temperature
         self.threshold, self.decay, self.filter_warmup = threshold, decay, filter_warmup
         self.restart_every = restart_every

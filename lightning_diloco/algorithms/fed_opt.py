@@ -74,7 +74,7 @@ class FedAdam(_ServerOptimizer):
 
     When: pseudo-gradients of very different size from tensor to tensor.
     Cost: two more models, once.
-    Proof: ``test_variants.py``; it isn't torch's Adam, which corrects the bias and starts v at 0.
+    Proof: ``test_variants.py``, ``test_fed_opt.py``; it isn't torch's Adam, which corrects the bias and starts v at 0.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class FedYogi(_ServerOptimizer):
 
     When: as FedAdam, if Δ is sparse or jumps; the paper finds it the most robust of the three.
     Cost: two more models, once.
-    Proof: ``test_variants.py``.
+    Proof: ``test_variants.py``, ``test_fed_opt.py``.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class FedAdagrad(_ServerOptimizer):
 
     When: sparse features; convex problems.
     Cost: two more models, once.
-    Proof: ``test_variants.py``.
+    Proof: ``test_variants.py``, ``test_fed_opt.py``.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, beta: float = 0.0, tau: float = 1e-3) -> None:

@@ -36,7 +36,8 @@ class GPA(SyncAlgorithm):
 
     When: one machine; what DiLoCo with N = 1 gains, without its rounds.
     Cost: no bytes; two more models, y's anchor and z − x.
-    Proof: ``test_variants.py``; μ_x = μ_y = μ is DiLoCo with H = 1 and Nesterov SGD(lr = 1 − μ, momentum = μ).
+    Proof: ``test_variants.py``, ``test_gpa.py``; μ_x = μ_y = μ is DiLoCo with H = 1 and Nesterov
+    SGD(lr = 1 − μ, momentum = μ).
     """
 
     anchors: ClassVar[Literal["shared", "own"]] = "own"

@@ -29,8 +29,8 @@ class Hierarchical(Diloco):
 
     When: fast links within a site, slow ones between sites.
     Cost: the model's bytes every H₁ steps within a group, every H₂ steps among all.
-    Proof: ``test_variants.py``; a group for each worker is Diloco bit for bit, a single group with the mean as outer
-    step is periodic averaging every H₁ steps.
+    Proof: ``test_variants.py``, ``test_hierarchical.py``; a group for each worker is Diloco bit for bit, a
+    single group with the mean as outer step is periodic averaging every H₁ steps.
     """
 
     def __init__(self, every: int, groups: int | Sequence[Sequence[int]] = 2) -> None:

@@ -38,7 +38,7 @@ class NoLoCo(SyncAlgorithm):
 
     When: an all-reduce is slow because workers are many, or far from each other.
     Cost: two models (φ and Δ) to n − 1 peers every H steps; per worker two more models, φ_i and δ_i.
-    Proof: ``test_variants.py``; n = N is DiLoCo with outer SGD(lr=η, momentum=μ).
+    Proof: ``test_variants.py``, ``test_no_loco.py``; n = N is DiLoCo with outer SGD(lr=η, momentum=μ).
     """
 
     published: ClassVar[Literal["outer", "average"]] = "average"

@@ -29,8 +29,8 @@ class Robust(Around):
         aggregate: the rule: ``TrimmedMean``, ``GeometricMedian``, ``CentredClipping``, ``Krum``, or one of your own.
 
     Raises:
-        ValueError: an argument is of the wrong kind; when training starts: the rule needs more workers, or the
-            strategy's ``weights`` are not "uniform"; when sending: too few take part.
+        ValueError: an argument is of the wrong kind, or the algorithm sends something else; when training starts: the
+            rule needs more workers, or the strategy's ``weights`` are not "uniform"; when sending: too few take part.
 
     When: workers that fail silently, or that nobody vouches for.
     Cost: every worker needs all messages (an all-gather instead of a ring); n decoded models in memory while sending.
@@ -43,6 +43,7 @@ class Robust(Around):
             raise ValueError(
                 f"Robust: `aggregate` (={aggregate!r}) must be a rule. Give an object, for example TrimmedMean(1)."
             )
+        _check_kind(self)
         self.aggregate = aggregate
 
     @override
@@ -70,7 +71,8 @@ class Corrupt(Around):
         scale: factor of Δ_i and of gradients; of weights, the factor of their distance from θ.
 
     Raises:
-        ValueError: an argument is of the wrong kind; when training starts: there is no such worker.
+        ValueError: an argument is of the wrong kind, or the algorithm sends nothing that could be scaled; when training
+            starts: there is no such worker.
 
     When: in experiments on robustness.
     Cost: none.
@@ -84,6 +86,7 @@ class Corrupt(Around):
             raise ValueError(f"Corrupt: `workers` (={workers!r}) must be a list of workers, from 0, like [0, 3].")
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             raise ValueError(f"Corrupt: `scale` (={scale!r}) must be a number, such as -10.0.")
+        _check_kind(self)
         self.workers, self.scale = list(workers), float(scale)
 
     @override
@@ -106,6 +109,16 @@ class Corrupt(Around):
             return _Scaled(tensors, theta, self.scale) if worker in self.workers else tensors
 
         return replace(order, read=read, assigns=False)
+
+
+def _check_kind(around: Around) -> None:
+    if around.sends not in _KINDS:
+        name, inside = type(around).__name__, type(around.algorithm).__name__
+        raise ValueError(
+            f"{name} acts on Δ, weights and gradients, but `algorithm` (={inside}) sends {around.sends}, which it would"
+            f" leave as they are. Put it around one that sends these; Sparta can be beside it, as in"
+            f" Sparta(beside={name}(Diloco(), …))."
+        )
 
 
 class _Scaled(Mapping[str, Tensor]):

@@ -119,7 +119,7 @@ class Sender:
             self.meter.measure(order, transfer, known, measured)
         self.writing = True
         transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0  # a single worker has nobody to send to
-        self.channel.record(transfer.what, nbytes, max(map(len, transfer.groups)), dense)
+        self.channel.record(transfer.what, nbytes, max(map(len, transfer.groups)), dense, self._gathered(order))
         self._tell(order, transfer, attendance)
         transfer.seconds = time.perf_counter() - started
         self.seconds += transfer.seconds
@@ -157,9 +157,7 @@ class Sender:
     def _tell(self, order: Order, transfer: Transfer, attendance: Attendance) -> None:
         """The simulated machines learn of a transfer."""
         self.machines.settle(self.channel.world.gather_all)
-        codec = self._codec(order)
-        gathered = order.aggregate is not None or (codec is not None and not codec.lossless)
-        self.machines.send(transfer, attendance, gathered, returns=order.of_weights)
+        self.machines.send(transfer, attendance, self._gathered(order), returns=order.of_weights)
 
     @staticmethod
     def _has_weight(order: Order, group: Sequence[int]) -> bool:
@@ -306,13 +304,18 @@ class Sender:
     def _codec(self, order: Order) -> Codec | None:
         return self.codec if order.codec is None else order.codec
 
+    def _gathered(self, order: Order) -> bool:
+        """Whether every message has to reach whoever averages: there is no sum that could be formed on the way."""
+        codec = self._codec(order)
+        return order.aggregate is not None or (codec is not None and not codec.lossless)
+
     def _send_in_vain(self, order: Order, transfer: Transfer) -> None:
         """A transfer of which a part is lost, as nobody knows before its end: the bytes cross, and nothing is kept."""
         lost = replace(transfer, groups=transfer.on_links)
         plain = replace(order, aggregate=None)  # robust means remember, too, and have the same payload
         _, nbytes, dense = self._average(plain, lost, keeps=False)
         transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0
-        self.channel.record(transfer.what, nbytes, max(map(len, lost.groups)), dense)
+        self.channel.record(transfer.what, nbytes, max(map(len, lost.groups)), dense, self._gathered(order))
 
     def _average(self, order: Order, transfer: Transfer, keeps: bool = True) -> tuple[list[MeanStatistics], int, int]:
         """Puts the means into the transfer; returns what was measured, and the bytes that a worker sends, and dense.

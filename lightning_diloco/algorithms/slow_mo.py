@@ -37,7 +37,7 @@ class SlowMo(SyncAlgorithm):
 
     When: the inner learning rate has a schedule with large changes.
     Cost: the model's bytes per worker and direction every H steps; u in memory, once.
-    Proof: ``test_variants.py``; at a constant γ it is DiLoCo with outer SGD(lr=α, momentum=β).
+    Proof: ``test_variants.py``, ``test_slow_mo.py``; at a constant γ it is DiLoCo with outer SGD(lr=α, momentum=β).
     """
 
     def __init__(self, beta: float, alpha: float = 1.0) -> None:

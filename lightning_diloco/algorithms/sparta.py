@@ -32,12 +32,14 @@ class Sparta(SyncAlgorithm):
             measure Δ_i from θ, and leave gradients alone.
 
     Raises:
-        ValueError: an argument is out of its range; when training starts: ``inner_state`` is not "keep", or a codec
-            keeps errors, which belong to positions that change from exchange to exchange.
+        ValueError: an argument is out of its range; when training starts: ``inner_state`` is not "keep", a codec keeps
+            errors, which belong to positions that change from exchange to exchange, or ``nonfinite`` is "skip" without
+            an algorithm whose θ could put all of a worker right.
 
     When: a link that is always there, and slow; beside DiLoCo it lets rounds be longer.
     Cost: p of the model's bytes per worker and direction every k steps; a random number per parameter.
-    Proof: ``test_variants.py``; p = 1 and k = 1 is the mean in every step, p = 0 independent training.
+    Proof: ``test_variants.py``, ``test_sparta.py``; p = 1 and k = 1 is the mean in every step, p = 0
+    independent training.
     """
 
     def __init__(self, p: float = 0.005, every: int = 1, beside: SyncAlgorithm | None = None) -> None:
@@ -47,7 +49,7 @@ class Sparta(SyncAlgorithm):
             raise ValueError(f"Sparta: `every` (={every!r}) must be an integer ≥ 1: local steps between exchanges.")
         self.p, self.every, self.beside = float(p), every, beside
         if beside is None:
-            vars(self).update(published="average")
+            vars(self).update(published="average", sends="elements")
             return
         alone = not beside.chooses_workers and not beside.looks_at_gradients
         if isinstance(beside, Sparta) or beside.anchors != "shared" or not alone:
@@ -55,7 +57,9 @@ class Sparta(SyncAlgorithm):
                 f"Sparta: `beside` (={type(beside).__name__}) must measure Δ_i from θ, leave gradients alone, and let"
                 " all workers take every step, as Diloco and StreamingDiloco do."
             )
-        vars(self).update(outer_defaults=beside.outer_defaults, published=beside.published, codec=beside.codec)
+        vars(self).update(
+            outer_defaults=beside.outer_defaults, published=beside.published, codec=beside.codec, sends=beside.sends
+        )
 
     @override
     def setup(self) -> None:
@@ -69,6 +73,12 @@ class Sparta(SyncAlgorithm):
             raise ValueError(
                 f"`codec` (={sender.codec!r}) keeps an error per position, but Sparta sends other positions each time."
                 " Use a codec without error feedback."
+            )
+        if self.beside is None and sender.policies.nonfinite == "skip":
+            raise ValueError(
+                "`nonfinite` (='skip') can't put a worker right whose weights Sparta exchanges a fraction of: the rest"
+                " would stay NaN or infinite. Use `nonfinite='raise'`, or Sparta beside an algorithm with whole rounds,"
+                " as in Sparta(beside=Diloco())."
             )
         if self.beside is not None:
             self.beside.ctx = self.ctx

@@ -23,6 +23,7 @@ class Transfer:
         groups: the workers whose tensors were averaged with each other: usually a single group.
         rejected: workers that were left out because their values were not finite; they take what arrives in their
             group.
+        renewed: whether they have started anew already, when it was sent: see :meth:`SyncContext.renew`.
         home: worker → position of its group.
         sent: local step in which it was sent.
         due: local step in which it arrives.
@@ -48,6 +49,7 @@ class Transfer:
     names: list[str]
     groups: list[list[int]]
     rejected: list[int] = field(default_factory=list)
+    renewed: bool = False
     home: dict[int, int] = field(default_factory=dict)
     sent: int = 0
     due: int = 0

@@ -313,7 +313,12 @@ class Channel:
         return copies
 
     def record(
-        self, what: str, payload_bytes: int, participants: int | None = None, dense_bytes: int | None = None
+        self,
+        what: str,
+        payload_bytes: int,
+        participants: int | None = None,
+        dense_bytes: int | None = None,
+        gathered: bool = False,
     ) -> None:
         """Enters in the ledger what each participant has sent, unless it is nothing; one worker sends to nobody.
 
@@ -322,8 +327,9 @@ class Channel:
             payload_bytes: bytes that a participant sends.
             participants: how many workers had a share in the mean; default all.
             dense_bytes: bytes of the mean; default as many as of the payload.
+            gathered: whether every message had to reach whoever averages.
         """
         if payload_bytes and self.world.num_workers > 1:
             count = self.world.num_workers if participants is None else participants
             dense = payload_bytes if dense_bytes is None else dense_bytes
-            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes, count, dense))
+            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes, count, dense, gathered))

@@ -21,6 +21,7 @@ class LedgerEntry:
             depends on how the messages travel: see :meth:`Ledger.wire_bytes`.
         participants: how many workers had a share in the mean (of several groups: in the largest).
         dense_bytes: bytes of the mean, uncoded; equal to ``payload_bytes`` without a codec.
+        gathered: whether every message had to reach whoever averages: coded ones, and those of a robust mean.
     """
 
     local_step: int
@@ -28,6 +29,7 @@ class LedgerEntry:
     payload_bytes: int
     participants: int
     dense_bytes: int
+    gathered: bool = False
 
 
 class WireBytes(NamedTuple):
@@ -72,7 +74,7 @@ class Ledger:
         ================  ==============  ==============  =============================================
         pattern           sent            received        for messages
         ================  ==============  ==============  =============================================
-        ``"ring"``        2(n−1)/n · P    2(n−1)/n · P    uncoded: sums are formed on the way
+        ``"ring"``        2(n−1)/n · P    2(n−1)/n · P    of a plain mean: sums are formed on the way
         ``"all_gather"``  (n−1) · P       (n−1) · P       of any kind: everybody gets all, and averages
         ``"server"``      P               D               of any kind: a server averages
         ================  ==============  ==============  =============================================
@@ -80,7 +82,8 @@ class Ledger:
         n is the number of participants, P the payload and D the uncoded mean, in bytes. The ring is the all-reduce of
         Patarasuk and Yuan (2009, "Bandwidth optimal all-reduce algorithms"): n−1 steps of P/n to sum, n−1 to hand the
         sums round. A ring all-gather hands every payload on n−1 times, which is what this package does with coded
-        payloads. Buffers that are copied from one worker count as averaged ones. Headers and retries are not counted.
+        payloads and with those of a robust mean. Buffers that are copied from one worker count as averaged ones.
+        Headers and retries are not counted.
 
         Args:
             pattern: how messages travel.
@@ -89,7 +92,7 @@ class Ledger:
             Bytes, rounded up per message.
 
         Raises:
-            ValueError: an unknown pattern, or a ring for coded messages: codes can't be summed on the way.
+            ValueError: an unknown pattern, or a ring for coded messages or robust means: neither are sums.
         """
         if pattern not in get_args(Pattern):
             raise ValueError(f"`pattern` (={pattern!r}) must be one of {', '.join(map(repr, get_args(Pattern)))}.")
@@ -101,9 +104,10 @@ class Ledger:
                 continue
             if pattern == "all_gather":
                 crossing = (n - 1) * payload
-            elif payload != dense:
+            elif entry.gathered or payload != dense:
+                kind = "coded" if payload != dense else "coded or robustly averaged"
                 raise ValueError(
-                    f"`pattern` (='ring') sums what workers send on the way, which is impossible with the coded"
+                    f"`pattern` (='ring') sums what workers send on the way, which is impossible with the {kind}"
                     f" {entry.what!r} of local step {entry.local_step}. Use 'all_gather' or 'server'."
                 )
             else:

@@ -273,11 +273,13 @@ def _pack_ledger(ledger: Ledger) -> LedgerState:
         "bytes": torch.tensor([e.payload_bytes for e in ledger.entries], dtype=torch.int64),
         "participants": torch.tensor([e.participants for e in ledger.entries], dtype=torch.int64),
         "dense": torch.tensor([e.dense_bytes for e in ledger.entries], dtype=torch.int64),
+        "gathered": torch.tensor([e.gathered for e in ledger.entries], dtype=torch.bool),
     }
 
 
 def _unpack_ledger(saved: LedgerState) -> Ledger:
     columns = [saved[key].tolist() for key in ("bytes", "participants", "dense")]
+    columns.append(saved["gathered"].tolist() if "gathered" in saved else [False] * len(saved["what"]))
     rows = zip(saved["steps"].tolist(), saved["what"], *columns, strict=True)
     return Ledger([LedgerEntry(*row) for row in rows])
 

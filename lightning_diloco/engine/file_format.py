@@ -73,6 +73,7 @@ class LedgerState(TypedDict):
     bytes: Tensor
     participants: Tensor
     dense: Tensor  # bytes of the mean
+    gathered: NotRequired[Tensor]  # whether every message had to reach whoever averages
 
 
 class LoaderState(TypedDict):

@@ -204,7 +204,7 @@ class Synchronisation:
         if merged:
             names = None if ctx.names and merged >= set(ctx.names) else [n for n in transfer.names if n in merged]
             self.policies.synchronise_inner_state(senders, (), names)
-        if rejected and transfer.what != "gradients":
+        if rejected and transfer.what != "gradients" and not transfer.renewed:
             self._restart(rejected)
 
     def _there(self, workers: Sequence[int]) -> list[int]:
