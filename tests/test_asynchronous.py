@@ -36,7 +36,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, get_worker_info
 
 from lightning_diloco import (
     FP4,
@@ -419,6 +419,134 @@ def test_a_worker_reads_in_its_kth_step_what_it_would_read_among_equals(name: st
         assert rest.read[1] == alone.read[1][steps_of(1, step, [0.1, 0.25]) :]
 
 
+class Counting(Sampler[int]):
+    """Another order in every pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter([(i * (2 * self.passes + 5)) % 48 for i in range(48)])
+
+    def __len__(self) -> int:
+        return 48
+
+
+def with_generator(**more: Any) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(8)
+    return DataLoader(Numbered(), 4, sampler=RandomSampler(Numbered(), generator=generator, **more))
+
+
+REMEMBERING: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "a generator of its own": (lambda: with_generator(replacement=True), {}),
+    "counts its passes": (lambda: DataLoader(Numbered(), 4, sampler=Counting()), {}),
+    "batch by batch": (with_generator, {"use_distributed_sampler": False}),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_samplers_that_remember_go_on_from_epoch_to_epoch(name: str, tmp_path: Path) -> None:
+    make, options = REMEMBERING[name]
+    together = reads(make, options, 5)
+    assert together.read[0][:6] != together.read[0][6:12]
+    apart = {"algorithm": DelayedNesterov(), "cluster": cluster([0.1, 0.25])}
+    alone = reads(make, {**options, "folder": tmp_path}, 5, **apart)
+    assert alone.read[0] == together.read[0]
+    assert alone.read[1] == together.read[1][:12]
+    rest = reads(make, options, 5, tmp_path / "7.ckpt", **apart)
+    assert (rest.read[0], rest.read[1]) == (alone.read[0][7:], alone.read[1][3:])
+
+
+class Itself(Stream):
+    """A stream that is its own iterator."""
+
+    def __iter__(self) -> Any:
+        self.at = -1
+        return self
+
+    def __next__(self) -> Tensor:
+        self.at += 1
+        if self.at == 48:
+            raise StopIteration
+        return torch.tensor([float(self.at)])
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_every_worker_reads_a_stream_of_its_own() -> None:
+    together = reads(lambda: DataLoader(Itself(), 4), {}, 3)
+    alone = reads(lambda: DataLoader(Itself(), 4), {}, 3, algorithm=DelayedNesterov(), cluster=cluster([0.1, 0.25]))
+    assert alone.read[0] == together.read[0]
+    assert alone.read[1] == together.read[1][:7]
+
+
+class Drawing(Numbered):
+    """Its samples are random numbers."""
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.rand(1)
+
+
+def test_workers_draw_other_numbers_in_their_datasets() -> None:
+    apart = {"algorithm": DelayedNesterov(), "cluster": cluster([0.1, 0.1])}
+    found = reads(lambda: DataLoader(Drawing(), 4, shuffle=True, num_workers=1), {}, 1, **apart)
+    assert not {x for batch in found.read[0] for x in batch} & {x for batch in found.read[1] for x in batch}
+
+
+class Changing(L.LightningDataModule):
+    """Fewer batches from epoch to epoch: by another loader, or by another batch size."""
+
+    def __init__(self, reloads: bool) -> None:
+        super().__init__()
+        self.reloads = reloads
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        size = 2 if not self.reloads or not self.trainer.current_epoch else 4
+        return DataLoader(Numbered(), size, shuffle=True)
+
+
+class Larger(L.Callback):
+    """A larger batch in the second epoch."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.train_dataloader.batch_sampler.batch_size = 4
+
+
+@pytest.mark.parametrize("seconds", [[0.1, 0.1], [0.1, 0.25]])
+@pytest.mark.parametrize("reloads", [True, False])
+def test_epochs_may_become_shorter(reloads: bool, seconds: list[float]) -> None:
+    def fit(**settings: Any) -> Reads:
+        L.seed_everything(3, verbose=False)
+        module = Reads()
+        options = {"reload_dataloaders_every_n_epochs": 1} if reloads else {"callbacks": [Larger()]}
+        trainer(DilocoStrategy(2, 4, **settings), max_epochs=3, **options).fit(module, datamodule=Changing(reloads))
+        return module
+
+    alone = fit(algorithm=DelayedNesterov(), cluster=cluster(seconds))
+    assert [len(batch) for batch in alone.read[0]] == [2] * 12 + [4] * 12
+    if seconds == [0.1, 0.1]:
+        assert alone.read == fit().read
+    else:
+        assert all(len(set(batch)) == len(batch) for batch in alone.read[1])
+
+
+def test_an_epoch_that_a_hook_has_ended_is_over_for_the_workers_that_stepped() -> None:
+    class Ends(Reads):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 3 else None
+
+    def fit(**settings: Any) -> Reads:
+        L.seed_everything(3, verbose=False)
+        module = Ends()
+        trainer(DilocoStrategy(2, 4, **settings), max_epochs=3).fit(module, LOADERS["shuffled"][0]())
+        return module
+
+    together, alone = fit(), fit(algorithm=DelayedNesterov(), cluster=cluster(0.1))
+    assert alone.read == together.read
+    assert len(alone.read[0]) == 9
+
+
 def test_learning_rates_follow_a_workers_own_steps() -> None:
     module = reads(LOADERS["shuffled"][0], {}, 5, algorithm=DelayedNesterov(), cluster=cluster([0.25, 0.1]))
     assert module.rates[1] == [1e-3 * 0.5**k for k in range(30)]
@@ -513,6 +641,59 @@ def test_arrivals_of_others_touch_nothing_of_a_worker_in_mid_round(policy: str) 
     assert stood == 2 * 15 - sum(steps_of(w, 16, seconds) for w in (2, 3))
     shared = [(e.local_step, e.participants) for e in strategy.ledger.entries if e.what == "buffers"]
     assert shared, "buffers of workers that arrive together are averaged"
+
+
+class Marks(Net):
+    """Worker w has 10^w in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        self.register_buffer("mark", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        strategy: Any = self.trainer.strategy
+        self.mark = torch.tensor(10.0**strategy.current_worker)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("average", 111 / 3), ("first", 1.0)])
+def test_thetas_buffers_are_those_of_all_workers_by_the_policy(policy: Any, expected: float) -> None:
+    strategy = DilocoStrategy(3, 4, algorithm=DelayedNesterov(), cluster=cluster([0.19, 0.1, 0.12]), buffers=policy)
+    seen: list[float] = []
+
+    class See(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            arrived = strategy.reports and strategy.reports[-1].step == trainer.global_step
+            if arrived and trainer.global_step > 4:
+                seen.append(strategy.outer_state_dict()["mark"].item())
+
+    module = Marks()
+    trainer(strategy, max_steps=14, callbacks=[See()]).fit(module, loader(regression_data(240)))
+    assert len(seen) >= 4
+    # a worker that has just taken θ over has θ's buffer until it steps
+    assert seen[0] == pytest.approx(expected) or policy == "average"
+    assert all(1 < value < 100 for value in seen) if policy == "average" else set(seen) <= {1.0, 37.0}
+    assert module.mark.item() == strategy.outer_state_dict()["mark"].item()
+
+
+def test_the_outer_momentum_survives_weights_from_outside(tmp_path: Path) -> None:
+    class Write(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step in (8, 15):
+                with torch.no_grad():
+                    pl_module.layers[1].weight.mul_(0.5)
+
+    ours = train(tmp_path, algorithm=DelayedNesterov(), cluster=cluster(0.1), callbacks=[Write()])
+    diloco = train(tmp_path, callbacks=[Write()])
+    assert difference(ours.module, diloco.module) <= 1e-12
+
+
+def test_a_worker_sends_as_much_as_under_diloco_whoever_arrives_together(tmp_path: Path) -> None:
+    together = train(tmp_path, steps=18)
+    for seconds in ([0.1] * N, [0.1, 0.1001, 0.1002, 0.1003]):
+        run = train(tmp_path, steps=18, algorithm=DelayedNesterov(dylu=False), cluster=cluster(seconds))
+        assert run.bytes == together.bytes
+        assert [r.payload_bytes for r in run.reports] == [together.reports[0].payload_bytes] * len(run.reports)
 
 
 class Bad(Layers):
@@ -631,6 +812,29 @@ def test_a_comparison_counts_the_samples_that_were_trained_on(tmp_path: Path) ->
 
 def loaders() -> Any:
     return loader(regression_data(320)), loader(regression_data(8), shuffle=False)
+
+
+def test_time_goes_on_where_nobody_who_is_there_completes_a_step(tmp_path: Path) -> None:
+    events = [{"kind": "leave", "step": 5, "worker": 0}, {"kind": "join", "step": 9, "worker": 0}]
+    described = cluster([0.1, 0.4], availability=Availability(events))
+    run = train(tmp_path, 2, steps=12, algorithm=DelayedNesterov(dylu=False), cluster=described)
+    assert run.steps[0] == 12
+    pace = Pace(described, 2, lambda step: [1] if 5 <= step < 9 else [0, 1])
+    assert [[e.worker for e in pace.at(t)] for t in range(1, 13)] == [
+        *([0], [0], [0], [0, 1]),
+        *([1], [1], [1], [1]),
+        *([0], [0], [0], [0, 1]),
+    ]
+    assert [e.step for t in range(4, 10) for e in pace.at(t) if e.worker == 1] == [1, 2, 3, 4, 5]
+
+
+def test_an_algorithm_that_leaves_nobody_is_an_error() -> None:
+    class Nobody(OneAtATime):
+        def active(self, step: int) -> Sequence[int]:
+            return [] if step == 3 else super().active(step)
+
+    with pytest.raises(RuntimeError, match="leaves nobody to take local step 3"):
+        trainer(DilocoStrategy(2, 4, algorithm=Nobody()), max_steps=5).fit(Net(), loader())
 
 
 def test_codecs_pack_every_arrival(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils._pytree import tree_map, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
@@ -91,6 +92,12 @@ def repeated(combined: CombinedLoader) -> Repeated | None:
     samplers = [loader._sampler for loader in combined.flattened if type(loader) is ShardedLoader]
     found = [s.repeated for s in samplers if s is not None and s.repeated is not None]
     return max(found, key=lambda r: r.longest / r.samples, default=None)
+
+
+def own_length(trainer: Trainer, combined: CombinedLoader) -> int:
+    """Batches in the epoch of a worker that reads at its own pace; hooks may have changed the loader's."""
+    (loader,) = combined.flattened
+    return min(int(trainer.num_training_batches), len(loader))
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -26,7 +26,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_diloco._lightning.connectors import DilocoSignalConnector
-from lightning_diloco._lightning.data import abandon, expose_first_worker, is_sharded, set_epoch, split_batch
+from lightning_diloco._lightning.data import (
+    abandon,
+    expose_first_worker,
+    is_sharded,
+    own_length,
+    set_epoch,
+    split_batch,
+)
 from lightning_diloco._lightning.evaluation import run_further_validations
 from lightning_diloco._lightning.hooks import looks_at_gradients
 from lightning_diloco._lightning.reclassed import Reclassed
@@ -103,7 +110,7 @@ class DilocoFitLoop(Reclassed, _FitLoop):
         for loader in self._combined_loader.flattened:
             set_epoch(loader, progress.current.processed)
         if self._fit.places is not None:
-            self._fit.places.begin(progress.current.processed)
+            self._fit.places.begin(progress.current.processed, own_length(self.trainer, self._combined_loader))
         self._fit.engine.expect_outside_changes()
 
     @override
@@ -197,8 +204,10 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                     self._end_step()
         counted = engine.local_steps > steps_before
         self.batch_progress.increment_processed()
-        if fit.places is not None:
-            fit.places.advance(moving, int(trainer.num_training_batches))
+        if fit.places is not None and end_of_epoch:
+            fit.places.leave(moving)
+        elif fit.places is not None:
+            fit.places.advance(moving, own_length(trainer, data_fetcher.combined_loader))
 
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         if self._num_ready_batches_reached():

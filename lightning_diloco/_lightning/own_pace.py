@@ -8,10 +8,12 @@ Owns the readers, one per worker hosted here, each over a copy of the user's loa
 loader has any). Does not own the places (``engine/places.py``).
 """
 
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from torch.utils.data import DataLoader
 
 from lightning_diloco._lightning.grouping import WorkerBatches
@@ -26,8 +28,9 @@ NO_LENGTH = (
     " training loader (a {loader}) has no length. Give its dataset a `__len__`."
 )
 _ENDED = (
-    "Worker {worker}'s epoch {epoch} of the training data ended after {batches} batch(es), but the loader has"
-    " {length}: workers that don't step together need a length that is right. Mend the `__len__` of the dataset."
+    "Worker {worker}'s epoch {epoch} of the training data ended after {batches} batch(es), before the length that the"
+    " loader has: workers that don't step together need a length that is right, and that changes between epochs only."
+    " Mend the `__len__` of the dataset."
 )
 
 
@@ -43,6 +46,7 @@ class OwnPace:
     def __init__(self, loader: Any, plan: ShardPlan, sampler: WorkerSampler | None) -> None:
         self._loader, self._plan, self._sampler = loader, plan, sampler
         self._readers: dict[int, Iterator[WorkerBatches]] = {}
+        self._drawn: dict[int, WorkerSampler] = {}  # epoch → the sampler as it is before that epoch
         self._latest: dict[int, tuple[Place, Any]] = {}  # worker → the place of its last batch, and the batch
 
     def batch(self, worker: int) -> Any:
@@ -56,23 +60,43 @@ class OwnPace:
             self._readers[worker] = self._open(worker, place)
         group = next(self._readers[worker], None)
         if group is None:
-            raise RuntimeError(
-                _ENDED.format(worker=worker, epoch=place.epoch, batches=place.batches, length=len(self._loader))
-            )
+            raise RuntimeError(_ENDED.format(worker=worker, epoch=place.epoch, batches=place.batches))
         self._latest[worker] = place, group.by_worker[worker]
         return self._latest[worker][1]
 
     def _open(self, worker: int, place: Place) -> Iterator[WorkerBatches]:
-        plan, source, sampler = self._plan, self._loader, self._sampler
-        if sampler is not None:
-            sampler = sampler.of([plan.world.shard(worker)])
+        plan, source, sampler = self._plan, self._loader, None
+        if self._sampler is not None:
+            sampler = self._before(place.epoch).of([plan.world.shard(worker)])
             sampler.set_epoch(place.epoch)
         if isinstance(source, DataLoader):
             source = copied(source, sampler, plan, [worker])
+            if sampler is None:
+                vars(source).update(dataset=independent(self._loader.dataset))
         source = independent(source)
         if sampler is None:
             _set_sampler_epoch(source, place.epoch)
-        return read(source, sampler, plan, [worker], place.epoch, place.batches)
+        return read(source, sampler, plan, [worker], place.epoch, place.batches, alone=True)
+
+    def _before(self, epoch: int) -> WorkerSampler:
+        """The sampler before ``epoch``: one that draws from a generator of its own goes on from epoch to epoch."""
+        assert self._sampler is not None
+        assert self._plan.places is not None
+        here = self._plan.shards_here
+        latest = max(self._drawn, default=None)
+        if latest is None:
+            latest = 0
+            self._drawn[0] = self._sampler.of(here)
+        while latest < epoch:
+            passed = self._drawn[latest].of(here)
+            passed.set_epoch(latest)
+            deque(islice(passed, sized_len(passed)) if passed.remembers else (), maxlen=0)  # reads it, as training does
+            latest += 1
+            self._drawn[latest] = passed
+        for past in [e for e in self._drawn if e < min(self._plan.places[w].epoch for w in self._plan.workers)]:
+            if past < latest:
+                del self._drawn[past]
+        return self._drawn[epoch]
 
     def close(self) -> None:
         """No batch is asked for any more: loaders' processes end."""

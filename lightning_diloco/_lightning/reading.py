@@ -60,17 +60,25 @@ def _forget_iterators(copy: Any) -> None:
 
 
 def read(
-    source: Any, sampler: WorkerSampler | None, plan: ShardPlan, workers: Sequence[int], epoch: int, skip: int = 0
+    source: Any,
+    sampler: WorkerSampler | None,
+    plan: ShardPlan,
+    workers: Sequence[int],
+    epoch: int,
+    skip: int = 0,
+    alone: bool = False,
 ) -> Iterator[WorkerBatches]:
     """A pass over ``source`` without its first ``skip`` local steps.
 
     Torch's loaders with a sampler skip by index. Other sources are read from the start, because only reading tells
     their order. Their draws from torch's generator come from (seed, loader, epoch): a source yields the same batches
-    again after a resume, and the training's draws don't depend on the source's.
+    again after a resume, and the training's draws don't depend on the source's. With ``alone``, a source that serves a
+    single one of the workers, its loader's processes draw other numbers than those of the others' sources.
     """
     if isinstance(source, DataLoader):
         assert source.generator is not None
-        source.generator.manual_seed(derive_seed(plan.seed, "loader", epoch))
+        own = [plan.world.shard(w) for w in workers] if alone else []
+        source.generator.manual_seed(derive_seed(plan.seed, "loader", epoch, *own))
     trace: Trace | None = getattr(source, "_trace", None) if isinstance(source, DataLoader) else None
     if sampler is not None and trace is None:
         sampler.skip = skip

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from lightning_diloco.reporting.plan import Repeated
 from lightning_diloco.state.randomness import RandomStream, derive_seed
@@ -103,6 +103,12 @@ class ShardedRounds:
             if isinstance(getattr(holder, "sampler", None), Sampler):
                 holder.sampler = holder = independent(holder.sampler)
         return twin
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the sampler may have a state beyond the epoch: torch's own without a generator has none."""
+        plain = type(self._base) in (DistributedSampler, SequentialSampler)
+        return not plain and not (type(self._base) is RandomSampler and self._base.generator is None)
 
     def once(self) -> "ShardedRounds | None":
         """The rounds of the sampler inside, where the sampler has no length: it may repeat the other without an end."""

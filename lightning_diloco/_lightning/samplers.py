@@ -104,6 +104,11 @@ class WorkerSampler(Sampler[Any]):
         """The worker whose shard is read most often per epoch, if that is twice or more; of a partition only."""
         return self._rounds.repeated if isinstance(self._rounds, PartitionRounds) else None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether an epoch's draws may depend on those of the epochs before."""
+        return isinstance(self._rounds, ShardedRounds) and self._rounds.remembers
+
     def of(self, shards: Sequence[int]) -> "WorkerSampler":
         """A sampler of these shards' batches only, which leaves this sampler and the user's alone."""
         return WorkerSampler(self._rounds.copied(), shards, self._cut)

@@ -399,9 +399,11 @@ class SyncContext:
         return weights[worker] / sum(weights[w] for w in group) if group else 0.0
 
     def emphasis(self, worker: int) -> float:
-        """The worker's weight in means that name none, over the mean of all weights: 1 if they are equal."""
+        """The worker's weight in means that name none, over the mean weight of those that are there."""
         weights = self.channel.weights
-        return 1.0 if weights is None else self.num_workers * weights[worker] / sum(weights.values())
+        if weights is None:
+            return 1.0
+        return weights[worker] * len(self.workers) / sum(weights[w] for w in self.workers)
 
     def outer_step(self, worker: int, names: Sequence[str], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The worker's own outer step: from its anchor, with a state of the outer optimizer that only it has.

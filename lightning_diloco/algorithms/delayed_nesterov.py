@@ -12,8 +12,8 @@ so that momentum, which n stale Δ_i in a row would drive too far, is applied on
 between. DyLU: worker i takes ⌊v_i/v_max · H⌋ steps of its own, so that all arrive at about the same time; v is its
 speed. Of what happens at the same time, all Δ_i arrive before anybody takes θ over. The paper: c = 0, β = 0.9.
 
-Owned here: ``memo("momentum")``, m; ``memo("buffer")``, B; ``memo("counts")``: t, and per worker the steps since it
-took θ over and whether it was there in the last step.
+m is the ``momentum_buffer`` of the outer SGD. Owned here: ``memo("buffer")``, B; ``memo("counts")``: t, and per worker
+the steps since it took θ over and whether it was there in the last step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,8 +100,7 @@ class DelayedNesterov(SyncAlgorithm):
     @override
     def after_inner_step(self, step: int) -> None:
         since = self._since()
-        events = [event for event in self._pace.at(step) if event.worker in self.ctx.workers]
-        for _, simultaneous in groupby(events, lambda event: event.ticks):
+        for _, simultaneous in groupby(self._pace.at(step), lambda event: event.ticks):
             workers = [event.worker for event in simultaneous]
             for w in workers:
                 since[w] += 1
@@ -132,14 +131,15 @@ class DelayedNesterov(SyncAlgorithm):
     def _serve(self, delta: Mapping[str, Tensor], names: Sequence[str], worker: int) -> None:
         ctx, c = self.ctx, self.activation
         n, arrivals = self.buffer_size or ctx.num_workers, self._counts("arrivals", 1)
-        momentum, buffer, values = ctx.memo("momentum"), ctx.memo("buffer"), {}
+        buffer, values = ctx.memo("buffer"), {}
         arrivals += 1
         applies = int(arrivals) % n == 0
         groups = {id(p): group for group in ctx.outer.optimizer.param_groups for p in group["params"]}
         for name in names:
-            theta, group = ctx.outer.tensors[name], groups[id(ctx.outer.parameters[name])]
+            theta, parameter = ctx.outer.tensors[name], ctx.outer.parameters[name]
+            group, state = groups[id(parameter)], ctx.outer.optimizer.state[parameter]
             g, beta = delta[name] * ctx.emphasis(worker), group["momentum"]
-            m = momentum.setdefault(name, torch.zeros_like(theta))
+            m = state.setdefault("momentum_buffer", torch.zeros_like(theta))
             b = buffer.setdefault(name, torch.zeros_like(theta)).add_(g)
             if applies:
                 m.mul_(beta).add_(b, alpha=1 / n)

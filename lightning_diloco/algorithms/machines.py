@@ -78,10 +78,15 @@ class Machines:
                 f"{algorithm} has a server between the workers, but the cluster's `pattern` (={self.cluster.pattern!r})"
                 " has none. Use 'server', or None."
             )
-        self._pace = Pace(self.cluster, self.num_workers)
+        self._pace = Pace(self.cluster, self.num_workers, None if self.schedule is None else self.schedule.alive)
         self.cluster = replace(self.cluster, pattern="server")
         self.clock = Clock(self.cluster, self.num_workers, late=self._late, record=True)
         return self._pace
+
+    @property
+    def paced(self) -> bool:
+        """Whether workers don't wait for each other."""
+        return self._pace is not None
 
     # ---------------------------------------------------------------------------------------- who is there
 

@@ -119,7 +119,7 @@ class Sender:
             self.meter.measure(order, transfer, known, measured)
         self.writing = True
         transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0  # a single worker has nobody to send to
-        self.channel.record(transfer.what, nbytes, max(map(len, transfer.groups)), dense, self._gathered(order))
+        self._record(order, transfer, nbytes, dense)
         self._tell(order, transfer, attendance)
         transfer.seconds = time.perf_counter() - started
         self.seconds += transfer.seconds
@@ -309,13 +309,18 @@ class Sender:
         codec = self._codec(order)
         return order.aggregate is not None or (codec is not None and not codec.lossless)
 
+    def _record(self, order: Order, transfer: Transfer, nbytes: int, dense: int) -> None:
+        self.channel.part = len(transfer.senders) / len(self.channel.workers) if self.machines.paced else 1.0
+        largest = max(map(len, transfer.groups))
+        self.channel.record(transfer.what, nbytes, largest, dense, self._gathered(order))
+
     def _send_in_vain(self, order: Order, transfer: Transfer) -> None:
         """A transfer of which a part is lost, as nobody knows before its end: the bytes cross, and nothing is kept."""
         lost = replace(transfer, groups=transfer.on_links)
         plain = replace(order, aggregate=None)  # robust means remember, too, and have the same payload
         _, nbytes, dense = self._average(plain, lost, keeps=False)
         transfer.nbytes = nbytes if self.channel.world.num_workers > 1 else 0
-        self.channel.record(transfer.what, nbytes, max(map(len, lost.groups)), dense, self._gathered(order))
+        self._record(order, lost, nbytes, dense)
 
     def _average(self, order: Order, transfer: Transfer, keeps: bool = True) -> tuple[list[MeanStatistics], int, int]:
         """Puts the means into the transfer; returns what was measured, and the bytes that a worker sends, and dense.

@@ -5,10 +5,12 @@ them): nobody waits for a transfer here. Everything is a pure function of (clust
 
 Worker i completes its k-th step at the sum of its first k step lengths, in whole femtoseconds, so that equal times are
 equal. A local step of the run is as long as possible with at most one step of each worker in it: it ends just before
-somebody completes a second one. Without jitter it is a step of the fastest worker.
+somebody completes a second one. Without jitter it is a step of the fastest worker; with jitter it is somewhat shorter
+than the mean one. Where nobody who is there completes a step, time passes within the run's next step.
 """
 
 import heapq
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -44,12 +46,15 @@ class Pace:
     Args:
         cluster: the machines, with the seconds of a step as numbers.
         num_workers: N.
+        alive: local step → the workers that are there, one at least; None: everybody, always.
 
     Raises:
         ValueError: the steps are to be measured, or there are numbers for another number of workers.
     """
 
-    def __init__(self, cluster: Cluster, num_workers: int) -> None:
+    def __init__(
+        self, cluster: Cluster, num_workers: int, alive: Callable[[int], Collection[int]] | None = None
+    ) -> None:
         if isinstance(cluster.step_seconds, str):
             raise ValueError(
                 f"Cluster: `step_seconds` (={cluster.step_seconds!r}) gives all workers the same speed, by how long"
@@ -57,7 +62,7 @@ class Pace:
                 " one number, or one per worker."
             )
         cluster.check(num_workers)
-        self.cluster, self.num_workers = cluster, num_workers
+        self.cluster, self.num_workers, self._alive = cluster, num_workers, alive
         self._begin()
 
     def at(self, step: int) -> list[Completion]:
@@ -79,24 +84,37 @@ class Pace:
         self._step, self._kept = 0, dict[int, list[Completion]]()
         self._queue = [self._after(0, w, 1) for w in range(self.num_workers)]
         heapq.heapify(self._queue)
+        self._next = self._pop()  # popped, and in no turn yet
 
     def _after(self, ticks: int, worker: int, step: int) -> Completion:
         return Completion(ticks + _ticks(self.cluster.seconds_of_step(worker, step)), worker, step)
 
     def _advance(self) -> None:
-        events, seen = list[Completion](), set[int]()
-        while not any(event.worker in seen for event in self._next()):
-            for event in self._next():
-                heapq.heapreplace(self._queue, self._after(*event[:2], event.step + 1))
-                events.append(event)
-                seen.add(event.worker)
         self._step += 1
+        there = range(self.num_workers) if self._alive is None else self._alive(self._step)
+        events = list[Completion]()
+        while not events:
+            events = [event for event in self._turn() if event.worker in there]
         self._kept[self._step] = events
         self._kept.pop(self._step - _KEPT, None)
 
-    def _next(self) -> list[Completion]:
-        """The next events, all at the same time; by worker."""
-        return sorted(event for event in self._queue if event.ticks == self._queue[0].ticks)
+    def _turn(self) -> list[Completion]:
+        """The events until somebody would complete a second step."""
+        events, seen = list[Completion](), set[int]()
+        while not any(event.worker in seen for event in self._next):
+            events += self._next
+            seen.update(event.worker for event in self._next)
+            self._next = self._pop()
+        return events
+
+    def _pop(self) -> list[Completion]:
+        """The next events in the queue, all at the same time, by worker; each worker's next one takes their place."""
+        found, ticks = list[Completion](), self._queue[0].ticks
+        while self._queue[0].ticks == ticks:
+            event = self._queue[0]
+            heapq.heapreplace(self._queue, self._after(*event[:2], event.step + 1))
+            found.append(event)
+        return found
 
 
 def _ticks(seconds: float) -> int:

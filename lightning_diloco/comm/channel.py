@@ -56,6 +56,7 @@ class Channel:
         workers: global ids of the workers that are there: all, unless the engine says otherwise; ascending.
         ledger: what was sent, as far as it was recorded.
         weights: worker → weight > 0 in every mean that names none; None: equal weights.
+        part: the part of the workers that send what is recorded now: 1, unless they send at different times.
     """
 
     def __init__(self, world: World, clock: Callable[[], int], ordered: bool = True) -> None:
@@ -63,6 +64,7 @@ class Channel:
         self.workers = list(range(world.num_workers))
         self.ledger = Ledger()
         self.weights: Mapping[int, float] | None = None
+        self.part = 1.0
         self.clock = clock
         self.ordered = ordered
 
@@ -332,4 +334,4 @@ class Channel:
         if payload_bytes and self.world.num_workers > 1:
             count = self.world.num_workers if participants is None else participants
             dense = payload_bytes if dense_bytes is None else dense_bytes
-            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes, count, dense, gathered))
+            self.ledger.add(LedgerEntry(self.clock(), what, payload_bytes, count, dense, gathered, self.part))

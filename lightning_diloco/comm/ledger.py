@@ -3,6 +3,7 @@
 Does not own the sending (``channel.py``). Imports nothing of Lightning.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -22,6 +23,7 @@ class LedgerEntry:
         participants: how many workers had a share in the mean (of several groups: in the largest).
         dense_bytes: bytes of the mean, uncoded; equal to ``payload_bytes`` without a codec.
         gathered: whether every message had to reach whoever averages: coded ones, and those of a robust mean.
+        part: the part of the workers that send at this time, where they do so at different times; else 1.
     """
 
     local_step: int
@@ -30,6 +32,7 @@ class LedgerEntry:
     participants: int
     dense_bytes: int
     gathered: bool = False
+    part: float = 1.0
 
 
 class WireBytes(NamedTuple):
@@ -53,20 +56,23 @@ class Ledger:
 
     Attributes:
         entries: what was sent; :meth:`add` appends.
-        total_bytes: bytes that a worker has sent so far, in one direction. A running total: algorithms may send, and
-            loggers ask, at every step.
     """
 
     entries: list[LedgerEntry] = field(default_factory=list)
-    total_bytes: int = field(init=False, compare=False)
+    _total: float = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.total_bytes = sum(entry.payload_bytes for entry in self.entries)
+        self._total = sum(entry.payload_bytes * entry.part for entry in self.entries)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that a worker has sent so far, in one direction: the mean, if workers send at different times."""
+        return round(self._total)
 
     def add(self, entry: LedgerEntry) -> None:
         """Appends an entry."""
         self.entries.append(entry)
-        self.total_bytes += entry.payload_bytes
+        self._total += entry.payload_bytes * entry.part  # a running total: loggers may ask at every step
 
     def wire_bytes(self, pattern: Pattern) -> WireBytes:
         """What has crossed the link of a worker that took part in everything, had the messages travelled like this.
@@ -100,7 +106,7 @@ class Ledger:
         for entry in self.entries:
             n, payload, dense = entry.participants, entry.payload_bytes, entry.dense_bytes
             if pattern == "server":
-                sent, received = sent + payload, received + dense
+                sent, received = sent + math.ceil(payload * entry.part), received + math.ceil(dense * entry.part)
                 continue
             if pattern == "all_gather":
                 crossing = (n - 1) * payload
@@ -120,7 +126,7 @@ class Ledger:
             return "<Ledger: nothing was sent>"
         kinds: Counter[str] = Counter()
         for entry in self.entries:
-            kinds[entry.what] += entry.payload_bytes
+            kinds[entry.what] += round(entry.payload_bytes * entry.part)
         each = ", ".join(f"{what} {sent:,}" for what, sent in kinds.items())
         count = f"{len(self.entries):,} {'entry' if len(self.entries) == 1 else 'entries'}"
         first, last = self.entries[0].local_step, self.entries[-1].local_step

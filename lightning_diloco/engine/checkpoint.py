@@ -274,12 +274,14 @@ def _pack_ledger(ledger: Ledger) -> LedgerState:
         "participants": torch.tensor([e.participants for e in ledger.entries], dtype=torch.int64),
         "dense": torch.tensor([e.dense_bytes for e in ledger.entries], dtype=torch.int64),
         "gathered": torch.tensor([e.gathered for e in ledger.entries], dtype=torch.bool),
+        "part": torch.tensor([e.part for e in ledger.entries], dtype=torch.float64),
     }
 
 
 def _unpack_ledger(saved: LedgerState) -> Ledger:
     columns = [saved[key].tolist() for key in ("bytes", "participants", "dense")]
-    columns.append(saved["gathered"].tolist() if "gathered" in saved else [False] * len(saved["what"]))
+    for key, before in (("gathered", False), ("part", 1.0)):  # what files had before there were these columns
+        columns.append(saved[key].tolist() if key in saved else [before] * len(saved["what"]))  # type: ignore[literal-required]
     rows = zip(saved["steps"].tolist(), saved["what"], *columns, strict=True)
     return Ledger([LedgerEntry(*row) for row in rows])
 

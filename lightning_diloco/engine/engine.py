@@ -139,7 +139,7 @@ class Engine:
             refuse_overlaps(layout)
         worker_streams = dict.fromkeys(streams) if solo else streams
         apart = availability is not None or algorithm.chooses_workers  # workers may not have stepped as often
-        own_steps = OwnSteps(num_workers) if apart else None
+        own_steps = OwnSteps(num_workers, restarts=availability is not None) if apart else None
         self._inner = InnerOptimizers(optimizers, scaler_owner, worker_streams, schedulers, initial, own_steps)
         if isinstance(participation, Table):
             participation.check(num_workers)
@@ -208,6 +208,11 @@ class Engine:
         All processes call it together before the turns; once per local step something happens.
         """
         self._membership.enter(self.local_steps + 1)
+        if not self.active_anywhere:
+            raise RuntimeError(
+                f"{type(self.algorithm).__name__}.active leaves nobody to take local step {self.local_steps + 1} of the"
+                f" workers {self.context.workers}, which are there: the run would stand still. Return one of them."
+            )
 
     @property
     def present(self) -> list[int]:

@@ -74,6 +74,7 @@ class LedgerState(TypedDict):
     participants: Tensor
     dense: Tensor  # bytes of the mean
     gathered: NotRequired[Tensor]  # whether every message had to reach whoever averages
+    part: NotRequired[Tensor]  # of the workers that sent at this time
 
 
 class LoaderState(TypedDict):

@@ -37,10 +37,21 @@ class Places:
         """Nobody has read anything."""
         self._places = [Place(0, 0)] * len(self._places)
 
-    def begin(self, epoch: int) -> None:
-        """An epoch of the Trainer begins: the first epoch of all workers, unless somebody has read anything."""
+    def begin(self, epoch: int, length: int) -> None:
+        """An epoch of the Trainer begins: the first epoch of all workers, unless somebody has read anything.
+
+        Args:
+            epoch: its number.
+            length: batches of a worker's epoch, which may be fewer than in the Trainer's last one.
+        """
         if set(self._places) == {Place(0, 0)}:
             self._places = [Place(epoch, 0)] * len(self._places)
+        self._places = [Place(p.epoch + 1, 0) if p.batches >= length else p for p in self._places]
+
+    def leave(self, workers: Iterable[int]) -> None:
+        """``workers`` leave the rest of their epoch out."""
+        for w in workers:
+            self._places[w] = Place(self._places[w].epoch + 1, 0)
 
     def advance(self, workers: Iterable[int], length: int) -> None:
         """``workers`` have trained on a batch; an epoch has ``length`` of them."""

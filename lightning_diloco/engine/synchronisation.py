@@ -88,9 +88,10 @@ class Synchronisation:
         reports = self._conclude("flush")
         there = ctx.machines.attendance(ctx.step, ctx.workers).committed
         if not reports and there:
-            sent_before = ctx.ledger.total_bytes
+            entries, ctx.channel.part = len(ctx.ledger.entries), 1.0
             self.policies.synchronise_buffers(there)
-            ctx.machines.exchange("buffers", ctx.ledger.total_bytes - sent_before, there, ctx.step)
+            sent = sum(entry.payload_bytes for entry in ctx.ledger.entries[entries:])
+            ctx.machines.exchange("buffers", sent, there, ctx.step)
         ctx.machines.settle(ctx.channel.world.gather_all)
         self.publish()
         ctx.sender.writing = False
@@ -160,9 +161,9 @@ class Synchronisation:
         reports = []
         taking_in = time.perf_counter() - self._started - ctx.sender.seconds
         for i, transfer in enumerate(ctx.taken):
-            began, sent_before = time.perf_counter(), ctx.ledger.total_bytes
+            began, entries = time.perf_counter(), len(ctx.ledger.entries)
             self._apply_policies(transfer, at_the_end=kind == "flush" and i == 0)
-            beside = ctx.ledger.total_bytes - sent_before
+            beside = sum(entry.payload_bytes for entry in ctx.ledger.entries[entries:])
             ctx.machines.exchange(f"beside {i}", beside, self._there(transfer.senders), ctx.step)
             ctx.outer_steps += 1
             measured = self._measured(transfer)
@@ -190,15 +191,21 @@ class Synchronisation:
         return reports
 
     def _apply_policies(self, transfer: Transfer, at_the_end: bool) -> None:
-        """Policies apply to the workers and parameters of a transfer; buffers go along with one transfer per round."""
-        ctx = self._context
+        """Policies apply to the workers and parameters of a transfer; buffers go along with one transfer per round.
+
+        Where workers don't step together every transfer takes them along: θ's become those of all workers by the
+        policy, and the senders take these over.
+        """
+        ctx, apart = self._context, self._algorithm.chooses_workers
         senders, rejected = self._there(transfer.senders), self._there(transfer.rejected)
-        if senders and (at_the_end or rejected or ctx.step - self.buffers_at >= ctx.interval):
+        ctx.channel.part = len(senders) / len(ctx.workers) if ctx.machines.paced else 1.0
+        if senders and (at_the_end or rejected or apart or ctx.step - self.buffers_at >= ctx.interval):
             self.buffers_at = ctx.step
             # before any collective of the policies: all processes must choose the same tensors for it
             survey = self.policies.survey(f"the synchronisation of buffers after {ctx.step} local steps")
-            self.policies.synchronise_frozen(senders, survey, rejected)
-            self.policies.synchronise_buffers(senders, survey, rejected)
+            givers = [w for w in ctx.workers if w not in rejected] if apart else senders
+            self.policies.synchronise_frozen(givers, survey, rejected, senders)
+            self.policies.synchronise_buffers(givers, survey, rejected, senders)
         merged = ctx.merged.intersection(transfer.names)
         ctx.merged -= merged  # each parameter once per step, whatever else was sent under its name
         if merged:

@@ -37,7 +37,7 @@ class Summary:
         self._sent_before = engine.context.ledger.total_bytes
         self._stepped = self._ended = False
         self._per_round = self._known_bytes()
-        self._says_bytes = engine.num_workers > 1
+        self._says_bytes = engine.num_workers > 1 and not engine.algorithm.chooses_workers
         for line in (self._who(), self._how_long(), self._which_weights()):
             self._say(line)
 
@@ -78,8 +78,12 @@ class Summary:
         plan = self._plan
         if plan.steps is None or plan.rounds is None:
             return f"DiLoCo: the number of local steps is unknown: {plan.unknown}. {self._bytes()}"
-        length = f"{'at most ' * plan.at_most}{counted(plan.steps, 'local step')} of each worker"
+        own = self._engine.algorithm.chooses_workers
+        length = f"{'at most ' * plan.at_most}{counted(plan.steps, 'local step')}"
+        length += " of the fastest worker" if own else " of each worker"
         length += f", {plan.done} of them done" if plan.done else ""
+        if own:
+            return f"DiLoCo: {length}; the others take as many as they can meanwhile."
         length += f" = {counted(plan.rounds, 'round')}"
         if plan.partial:
             last = "and a shorter last one" if plan.flushes else "and, without a synchronisation,"
@@ -114,6 +118,8 @@ class Summary:
         if engine.num_workers == 1:
             return f"{done}. A single worker sends nothing."
         sent, parallel = engine.context.ledger.total_bytes, engine.local_steps * self._gradient_bytes()
+        if engine.algorithm.chooses_workers:  # data parallelism on such machines would take other steps
+            return f"{done}. A worker sent {amount(sent)} on average."
         share = f", {100 * sent / parallel:.3g} % of data parallelism's {amount(parallel)}" if parallel else ""
         return f"{done}. Every worker sent {amount(sent)}{share}."
 

@@ -37,6 +37,7 @@ class OwnSteps:
 
     Args:
         num_workers: N.
+        restarts: whether workers may start anew, and need all changes from the beginning.
 
     Attributes:
         steps: local steps of the run.
@@ -44,7 +45,8 @@ class OwnSteps:
         initial: control state of the optimizers before the first local step.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, restarts: bool = True) -> None:
+        self._restarts = restarts
         self.steps, self.counts = 0, [0] * num_workers
         self.initial: list[Control] = []
         self._changes: list[Change] = []
@@ -75,6 +77,13 @@ class OwnSteps:
                 return
             self._adopted[worker] += 1
             yield change
+            self._drop()
+
+    def _drop(self) -> None:
+        """Forgets the changes that all have adopted."""
+        past = 0 if self._restarts else min(self._adopted)
+        del self._changes[:past]
+        self._adopted = [adopted - past for adopted in self._adopted]
 
     def shown(self, worker: int, position: int, control: Control) -> Control:
         """``control`` of ``worker``, with the latest values if it has not adopted all."""

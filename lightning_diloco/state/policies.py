@@ -89,8 +89,15 @@ class PolicyApplication:
         return survey
 
     @torch.no_grad()
-    def synchronise_frozen(self, participants: Sequence[int], survey: Survey, dropped: Sequence[int] = ()) -> None:
+    def synchronise_frozen(
+        self,
+        participants: Sequence[int],
+        survey: Survey,
+        dropped: Sequence[int] = (),
+        takers: Sequence[int] | None = None,
+    ) -> None:
         """Synchronises frozen parameters by the policy of buffers, floating ones as floating buffers."""
+        takers = participants if takers is None else takers
         read, frozen = self._replicas.tensors, self._replicas.layout.frozen
         theta = self._outer.tensors
         # Tensors that are equal bit for bit stay: sending them would cost bytes, and an all-reduce would round them
@@ -104,7 +111,7 @@ class PolicyApplication:
         self._outer.assign({**self._channel.common(equal, read, like=theta), **values})
         if self._policies.buffers != "local":
             self._channel.record("buffers", sum(theta[n].nbytes for n in differing))
-            for w in [w for w in (*participants, *dropped) if w in self._channel.world.workers]:
+            for w in [w for w in (*takers, *dropped) if w in self._channel.world.workers]:
                 for n in differing:
                     read(w)[n].copy_(values[n])
 
@@ -114,6 +121,7 @@ class PolicyApplication:
         participants: Sequence[int] | None = None,
         survey: Survey | None = None,
         dropped: Sequence[int] = (),
+        takers: Sequence[int] | None = None,
     ) -> None:
         """Synchronises buffers by the policy; buffers that are equal on all workers, bit for bit, cost nothing.
 
@@ -121,12 +129,14 @@ class PolicyApplication:
             participants: workers that contribute values; default all.
             survey: the present survey, if known.
             dropped: workers with weights that are not finite: they get the result whatever the policy.
+            takers: workers that get the result; default the participants.
         """
         participants = self._channel.workers if participants is None else participants
         survey = survey or self.survey(f"the synchronisation of buffers after {self._channel.clock()} local steps")
         theta, states = self._outer.state.buffers, self._replicas.states
         common = self.common_buffers(participants, survey, first=self._policies.buffers == "first")
-        takers = [*participants, *dropped] if self._policies.buffers != "local" else dropped
+        takers = participants if takers is None else takers
+        takers = [*takers, *dropped] if self._policies.buffers != "local" else dropped
         targets = [w for w in takers if w in self._channel.world.workers]
         for (position, name), value in common.items():
             for w in targets:
