@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -33,10 +34,12 @@ from family import (
 )
 from helpers import Net, assert_equal, loader, regression_data, slow_but, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, get_worker_info
+from torchmetrics import MeanSquaredError
 
 from lightning_diloco import (
     FP4,
@@ -578,6 +581,57 @@ def test_a_shard_is_opened_once_per_epoch_of_its_worker(monkeypatch: pytest.Monk
     monkeypatch.setattr(OwnPace, "_open", note)
     reads(LOADERS["shuffled"][0], {}, 4, algorithm=DelayedNesterov(), cluster=cluster([0.1, 0.2]))
     assert sorted(opened) == [*((0, (epoch, 0)) for epoch in range(4)), (1, (0, 0)), (1, (1, 0))]
+
+
+class Logs(Net):
+    """Logs a loss on steps and epochs, the same reduced over processes, and a metric object."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=False)
+        self.error = MeanSquaredError()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("reduced", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.error(self(batch[0]), batch[1])
+        self.log("error", self.error, on_step=False, on_epoch=True)
+        return loss
+
+
+class Metrics(L.Callback):
+    """What callbacks find at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.seen.append({k: float(v) for k, v in sorted(trainer.callback_metrics.items())})
+
+
+@pytest.mark.processes
+def test_a_process_that_takes_no_step_in_an_epoch_has_the_metrics_of_the_others(tmp_path: Path) -> None:
+    """Its worker takes a step in the fourth of six epochs of four batches."""
+
+    def fit(devices: int) -> Any:
+        for text in ("The ``compute`` method of metric", "It is recommended to use `self.log"):
+            warnings.filterwarnings("ignore", text)
+        L.seed_everything(3, verbose=False)
+        metrics, best = Metrics(), ModelCheckpoint(tmp_path / f"{devices}", monitor="loss_epoch", every_n_train_steps=2)
+        strategy = DilocoStrategy(2, 4, algorithm=DelayedNesterov(), cluster=cluster([0.1, 1.5]))
+        callbacks = [metrics, EarlyStopping("loss_epoch", patience=9), best]
+        t = trainer(strategy, devices=devices, max_epochs=6, callbacks=callbacks, enable_checkpointing=True)
+        t.fit(Logs(), loader(regression_data(32)))
+        return metrics.seen, strategy.local_steps
+
+    first, second = processes.run(lambda: fit(2), 2, out=tmp_path / "two")
+    alone, steps = fit(1)
+    assert first[1] == second[1] == steps == 24
+    for ours, theirs, whole in zip(first[0], second[0], alone, strict=True):
+        assert ours.keys() == theirs.keys() == whole.keys()
+        assert ours["reduced_epoch"] == theirs["reduced_epoch"] == pytest.approx(whole["reduced_epoch"], rel=1e-5)
+        assert ours["error"] == theirs["error"] == pytest.approx(whole["error"], rel=1e-5)
+    by_itself = [ours["loss_epoch"] != theirs["loss_epoch"] for ours, theirs in zip(first[0], second[0], strict=True)]
+    assert by_itself == [False, False, False, True, False, False]
 
 
 def test_any_algorithm_that_chooses_workers_reads_so() -> None:

@@ -1,8 +1,9 @@
 """Batches for workers that don't step together: each reads its own shard, batch by batch, when its turn comes.
 
 A worker's k-th batch is the one that it would have in the k-th step of a run in which all step together. Nothing is
-read ahead for a worker that isn't active, nothing is lost at the end of an epoch of the Trainer, and a resumed run
-opens every worker's shard at its place.
+read ahead for a worker that isn't active (but where none of a process is, callbacks see the next batch of its first
+worker), nothing is lost at the end of an epoch of the Trainer, and a resumed run opens every worker's shard at its
+place.
 
 Owns the readers, one per worker hosted here, each over a copy of the user's loader (with processes of its own, if the
 loader has any). Does not own the places (``engine/places.py``).

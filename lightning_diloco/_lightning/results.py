@@ -6,19 +6,45 @@ accumulates them over all calls of ``self.log``, weighted by each worker's batch
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _get_default_dtype,
+    _Metadata,
     _ResultCollection,
+    _ResultMetric,
+    _Sync,
 )
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco.comm.world import World
+
+
+class Logged(NamedTuple):
+    """What a process has of a key, as plain values for the others.
+
+    Attributes:
+        meta: how it is logged.
+        sync: whether it is reduced over the processes.
+        updated: whether a worker of the process has logged it in this epoch.
+        value: accumulated; None: a metric object of the module.
+        samples: that it is a mean of, if it is one.
+        latest: value of the last step.
+    """
+
+    meta: dict[str, Any]
+    sync: dict[str, Any]
+    updated: bool
+    value: float | None
+    samples: int | None
+    latest: Any
 
 
 class WorkerResults(Reclassed, _ResultCollection):
@@ -33,6 +59,7 @@ class WorkerResults(Reclassed, _ResultCollection):
     _world: World
     _reduce: Callable[..., Any]
     uneven: bool  # whether processes may host no worker that is there, and so no value of a key
+    _borrowed: set[str]  # keys that no worker of this process has logged in this epoch
     _shown: int | None  # the worker whose values are shown after the turns: the first that had one
     _visited: str  # which metric Lightning is reducing, in words
     _by_worker: dict[int, _ResultCollection]
@@ -51,6 +78,7 @@ class WorkerResults(Reclassed, _ResultCollection):
         self._visited = "by a hook"
         self.uneven = False
         self._shown = None
+        self._borrowed = set()
         self._by_worker = {w: _ResultCollection(training=True) for w in world.workers} if per_worker else {}
 
     @contextmanager
@@ -102,6 +130,10 @@ class WorkerResults(Reclassed, _ResultCollection):
 
     @override
     def update_metrics(self, key: str, value: Any, batch_size: int) -> None:
+        if key in self._borrowed:  # from another process; from now on there is something of this one's own
+            self._borrowed.discard(key)
+            if self[key].is_tensor:
+                self[key].reset()
         super().update_metrics(key, value, batch_size)
         cache = self[key]._forward_cache
         if self._worker is not None and self[key].meta.on_step and isinstance(cache, Tensor):
@@ -127,7 +159,10 @@ class WorkerResults(Reclassed, _ResultCollection):
         shared = {key: list(v.values()) for key, v in self._step_values.items() if self[key].meta.sync.should}
         if self._world.size > 1 and (shared or self.uneven):
             numbers = {key: [v.tolist() for v in values] for key, values in shared.items()}
-            gathered = self._world.gather_all("self.log(..., sync_dist=True)", numbers)
+            logged = {key: self._logged(key) for key in self} if self.uneven else {}
+            of_processes = self._world.gather_all("self.log(..., sync_dist=True)", (numbers, logged))
+            self._borrow([theirs for _, theirs in of_processes])
+            gathered = [numbers for numbers, _ in of_processes]
             for key in [key for key in dict.fromkeys(k for found in gathered for k in found) if key in self]:
                 numbers_of_key = [v for of_process in gathered for v in of_process.get(key, [])]
                 like = shared[key][0] if key in shared else self[key]._forward_cache
@@ -141,6 +176,55 @@ class WorkerResults(Reclassed, _ResultCollection):
         if self._before is not None:
             self._before = None
             _refill(self._metric_dicts, self._dicts_after)
+
+    def _logged(self, key: str) -> Logged:
+        metric = self[key]
+        value, count, latest = metric.value, getattr(metric, "cumulated_batch_size", None), metric._forward_cache
+        of_object = metric.value.update_called if isinstance(metric.value, Metric) else metric.update_called
+        meta = {
+            f.name: getattr(metric.meta, f.name) for f in fields(metric.meta) if f.name not in ("reduce_fx", "_sync")
+        }
+        return Logged(
+            meta={**meta, "reduce_fx": metric.meta.reduce_fx.__name__},
+            sync={"should": metric.meta.sync.should, "rank_zero_only": metric.meta.sync.rank_zero_only},
+            updated=of_object and not metric.has_reset and key not in self._borrowed,
+            value=value.tolist() if metric.is_tensor else None,
+            samples=None if count is None else count.tolist(),
+            latest=latest.tolist() if isinstance(latest, Tensor) else None,
+        )
+
+    def _borrow(self, of_processes: Sequence[Mapping[str, Logged]]) -> None:
+        """What no worker of this process has logged in this epoch is what the first process has whose workers did.
+
+        Else callbacks would find a metric on some processes only. A value that is reduced over the processes stays
+        empty here, and a metric object of the module is found in the module: it reduces itself.
+        """
+        mine = of_processes[self._world.rank] if of_processes else {}
+        for key in dict.fromkeys(key for theirs in of_processes for key in theirs):
+            given = next((theirs[key] for theirs in of_processes if key in theirs and theirs[key].updated), None)
+            if given is None or (key in mine and mine[key].updated):
+                continue
+            trainer = self._connector.trainer
+            if key not in self:
+                synced = given.sync["should"]
+                if synced:
+                    self._reduce = trainer.strategy.reduce
+                meta = _Metadata(**given.meta)
+                reduce = self._reduce_outside_turns if synced else trainer.strategy.reduce
+                meta.sync = _Sync(fn=reduce, rank_zero_only=given.sync["rank_zero_only"])
+                meta.sync.should = synced
+                self[key] = _ResultMetric(meta, given.value is not None).to(self._world.device)
+            metric = self[key]
+            metric.has_reset, metric._computed = False, None
+            if given.value is None:
+                metric.value = attrgetter(given.meta["metric_attribute"])(trainer.lightning_module)
+            elif not given.sync["should"]:
+                metric.value = torch.full_like(metric.value, given.value)
+                if given.samples is not None:
+                    metric.cumulated_batch_size = torch.full_like(metric.cumulated_batch_size, given.samples)
+            if given.latest is not None:
+                metric._forward_cache = torch.tensor(given.latest, device=self._world.device)
+            self._borrowed.add(key)
 
     def worker_values(self, on_step: bool) -> Mapping[str, float]:
         """``key/worker_i`` → value, for all workers and all keys meant for loggers."""
@@ -160,6 +244,7 @@ class WorkerResults(Reclassed, _ResultCollection):
     @override
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
         super().reset(metrics, fx)
+        self._borrowed = {key for key in self._borrowed if key in self and not self[key].has_reset}
         for results in self._by_worker.values():
             results.reset(metrics, fx)
 

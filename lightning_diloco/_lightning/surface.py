@@ -31,7 +31,12 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.logger_connector import result
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _Metadata,
+    _ResultCollection,
+    _ResultMetric,
+    _Sync,
+)
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.distributed import distributed_c10d
@@ -163,7 +168,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {  # an object of the run, as the modul
 EXAMPLES: dict[Callable[[], object], tuple[str, ...]] = {  # makes an object like those of a run → their attributes
     lambda: CombinedLoader([]): ("_iterables", "_mode", "_spec", "flattened"),
     lambda: _DataLoaderIterDataFetcher(): ("_batch", "_batch_idx", "done"),
-    lambda: _ResultMetric(_Metadata("training_step", "loss"), is_tensor=True): ("_forward_cache", "meta"),
+    lambda: _ResultMetric(_Metadata("training_step", "loss"), is_tensor=True): (
+        "_computed",
+        "_forward_cache",
+        "cumulated_batch_size",
+        "has_reset",
+        "is_tensor",
+        "meta",
+        "update_called",
+        "value",
+    ),
+    lambda: _Sync(): ("rank_zero_only", "should"),
     lambda: _Metadata("training_step", "loss"): (
         "is_max_reduction",
         "is_mean_reduction",

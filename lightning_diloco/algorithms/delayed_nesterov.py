@@ -31,7 +31,8 @@ class DelayedNesterov(SyncAlgorithm):
     """Workers that don't wait for each other; Nesterov momentum once every ``buffer_size`` arrivals.
 
     The strategy's ``cluster`` says how fast the workers are: ``Cluster(step_seconds=[0.1, 0.1, 0.2, 0.4], …)``. A local
-    step of the run, as ``max_steps`` counts it, is one of the fastest worker; the others take fewer. Each worker reads
+    step of the run, as ``max_steps`` counts it, is one of the fastest worker (with jitter: shorter than that, see
+    :mod:`lightning_diloco.cluster.pace`); the others take fewer. Each worker reads
     its own shard batch by batch, also from epoch to epoch, and follows learning-rate schedules on its own steps. Time
     on the links delays nobody's step; the clock counts it, for a server.
 
