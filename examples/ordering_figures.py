@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -31,7 +32,8 @@ def draw(findings: Sequence[Any], file: Path) -> None:
             len(rows), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
         )
         claim = findings[0].claim
-        figure.suptitle(f"{claim.id}: {claim.text}", fontsize=9, fontweight="bold")
+        title = fill(f"{claim.id}: {claim.text}", 60)
+        figure.suptitle(title, fontsize=9, fontweight="bold")
         for i, found in enumerate(findings):
             of_runs(axes[2 * i][0], found)
             of_comparisons(axes[2 * i + 1][0], found)
