@@ -4,8 +4,8 @@ The claims are in ``claims.py``, the runs that they compare in ``ordering_runs.p
 ``judging.py``. A run serves all claims that name it. The tasks are the CNN of ``digits.py`` (500 local steps) and a
 small byte GPT (2 blocks of width 48, 300 steps). Within a seed all runs start from the same weights.
 
-Needs the extras ``examples`` and ``compare``. ``python examples/orderings.py --processes 2`` takes about an hour on two
-cores; ``--quick`` takes three minutes there, with a fifth of the steps, two seeds and the digits alone: it shows that
+Needs the extras ``examples`` and ``compare``. ``python examples/orderings.py --processes 2`` takes one to one and a
+half hours on two cores; ``--quick`` takes some four minutes there, with a fifth of the steps, two seeds and the digits alone: it shows that
 all runs work, and decides nothing. Finished runs stay in the folder: started again, the script goes on where it was.
 """
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> list[Finding]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ids = [claim.id for claim in CLAIMS]
     parser.add_argument("--only", nargs="+", choices=ids, default=ids, metavar="A1", help="claims; default: all")
-    parser.add_argument("--quick", action="store_true", help="a look in three minutes, too small to decide")
+    parser.add_argument("--quick", action="store_true", help="a look in four minutes, too small to decide")
     parser.add_argument("--seeds", type=int, help=f"default: 5; with --quick {QUICK_SEEDS}")
     parser.add_argument("--divide-steps", type=int, help=f"shorter runs; default: 1, with --quick {QUICK_DIVISOR}")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")

@@ -51,6 +51,7 @@ def run(document: str, tag: str = "") -> int:
         ("checkpoints", 1, ""),
         ("watching", 1, "['val_loss', 'val_loss/outer', 'val_loss/worker_0']"),
         ("compare", 1, "| plain average, H=5       |   4 |   5 |     640 |"),
+        ("choosing", 1, "     1    300   100    300"),
         ("clock", 6, "5800.0 s"),
         ("cluster", 1, ""),
         ("simulator", 1, "outer step 4 after 100 local steps: accuracy "),
@@ -76,6 +77,7 @@ def test_every_python_block_is_run_by_a_test() -> None:
     executed = (
         "README",
         "algorithms",
+        "choosing",
         "checkpoints",
         "clock",
         "cluster",
