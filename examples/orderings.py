@@ -5,8 +5,9 @@ The claims are in ``claims.py``, the runs that they compare in ``ordering_runs.p
 small byte GPT (2 blocks of width 48, 300 steps). Within a seed all runs start from the same weights.
 
 Needs the extras ``examples`` and ``compare``. ``python examples/orderings.py --processes 2`` takes one to one and a
-half hours on two cores; ``--quick`` takes some four minutes there, with a fifth of the steps, two seeds and the digits alone: it shows that
-all runs work, and decides nothing. Finished runs stay in the folder: started again, the script goes on where it was.
+half hours on two cores; ``--quick`` takes some four minutes there, with a fifth of the steps, two seeds and the digits
+alone: it shows that all runs work, and decides nothing. Finished runs stay in the folder: started again, the script
+goes on where it was.
 """
 
 import argparse
