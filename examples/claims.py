@@ -224,7 +224,9 @@ CLAIMS = (
         "2311.08105",
         (*map(outer_optimizer, BOTH), *(outer_optimizer(task, long=True) for task in BOTH)),
     ),
-    Claim("A2", "H=1 is worst with momentum 0.9; from 5 on the loss rises", "2503.09799", (*map(intervals, BOTH),)),
+    Claim(
+        "A2", "H=1 is worst with momentum 0.9; from 5 on the loss doesn't fall", "2503.09799", (*map(intervals, BOTH),)
+    ),
     Claim("A3", "Same data: data parallel ≤ 2 ≤ 4 ≤ 8 workers", "2503.09799", (*map(split_batch, BOTH),)),
     Claim("A4", "Same steps per worker: 16 < 8 < 4 < 1 workers", "2311.08105", (MORE_WORKERS,)),
     Claim("A6", "Cosine lower for non-iid data, and for more workers", "2311.08105", (COSINES,)),
