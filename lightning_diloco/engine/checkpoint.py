@@ -267,21 +267,25 @@ def _unpack_buffers(layout: Layout, state: ModelState, saved: Mapping[str, Mappi
 
 
 def _pack_ledger(ledger: Ledger) -> LedgerState:
-    return {
+    packed: LedgerState = {
         "what": [e.what for e in ledger.entries],
         "steps": torch.tensor([e.local_step for e in ledger.entries], dtype=torch.int64),
         "bytes": torch.tensor([e.payload_bytes for e in ledger.entries], dtype=torch.int64),
         "participants": torch.tensor([e.participants for e in ledger.entries], dtype=torch.int64),
         "dense": torch.tensor([e.dense_bytes for e in ledger.entries], dtype=torch.int64),
-        "gathered": torch.tensor([e.gathered for e in ledger.entries], dtype=torch.bool),
-        "part": torch.tensor([e.part for e in ledger.entries], dtype=torch.float64),
     }
+    if any(e.gathered for e in ledger.entries):
+        packed["gathered"] = torch.tensor([e.gathered for e in ledger.entries], dtype=torch.bool)
+    if any(e.part != 1 for e in ledger.entries):
+        packed["part"] = torch.tensor([e.part for e in ledger.entries], dtype=torch.float64)
+    return packed
 
 
 def _unpack_ledger(saved: LedgerState) -> Ledger:
+    count = len(saved["what"])
     columns = [saved[key].tolist() for key in ("bytes", "participants", "dense")]
-    for key, before in (("gathered", False), ("part", 1.0)):  # what files had before there were these columns
-        columns.append(saved[key].tolist() if key in saved else [before] * len(saved["what"]))  # type: ignore[literal-required]
+    columns.append(saved["gathered"].tolist() if "gathered" in saved else [False] * count)
+    columns.append(saved["part"].tolist() if "part" in saved else [1.0] * count)
     rows = zip(saved["steps"].tolist(), saved["what"], *columns, strict=True)
     return Ledger([LedgerEntry(*row) for row in rows])
 

@@ -73,8 +73,8 @@ class LedgerState(TypedDict):
     bytes: Tensor
     participants: Tensor
     dense: Tensor  # bytes of the mean
-    gathered: NotRequired[Tensor]  # whether every message had to reach whoever averages
-    part: NotRequired[Tensor]  # of the workers that sent at this time
+    gathered: NotRequired[Tensor]  # whether every message had to reach whoever averages; missing: none had
+    part: NotRequired[Tensor]  # of the workers that sent at this time; missing: all of them
 
 
 class LoaderState(TypedDict):
