@@ -771,7 +771,8 @@ def test_a_worker_that_is_not_finite_starts_again_from_theta(tmp_path: Path) -> 
     assert all(torch.isfinite(t).all() for t in run.module.values())
     assert all(torch.isfinite(t).all() for worker in run.workers.values() for t in worker.values())
     sent = [w for r in run.reports for w in r.participants]
-    assert set(sent) == {0, 1, 2, 3}  # its later Δ arrive
+    assert sent.count(3) == 3  # its first Δ, and those of its third and fourth step
+    assert all(r.participants for r in run.reports)
 
 
 # ------------------------------------------------------------------------------------------- in a project's company
@@ -839,6 +840,16 @@ def test_the_clock_adds_up_what_each_worker_has_computed(tmp_path: Path) -> None
     assert strategy.clock.seconds == pytest.approx(0.8 + 2 * link)
     with pytest.raises(RuntimeError, match="don't wait for each other"):
         _ = strategy.clock.data_parallel
+
+
+def test_the_clock_draws_the_jitter_of_a_workers_own_steps() -> None:
+    described = cluster([0.1, 0.25], jitter=0.5, seed=3)
+    strategy = DilocoStrategy(2, 4, algorithm=DelayedNesterov(), cluster=described)
+    trainer(strategy, max_steps=20).fit(Net(), loader(regression_data(320)))
+    last = {event.worker: event for t in range(1, 21) for event in Pace(described, 2).at(t)}
+    assert last[1].step < last[0].step
+    for w, worker in enumerate(strategy.clock.workers):
+        assert worker.computing == pytest.approx(last[w].ticks / 10**15, rel=1e-12)
 
 
 def test_a_worker_that_joins_starts_from_theta_with_a_whole_budget(tmp_path: Path) -> None:

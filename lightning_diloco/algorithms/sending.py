@@ -111,6 +111,7 @@ class Sender:
                 break
             self._reject(order, transfer, bad)
         else:
+            transfer.means = []
             if transfer.rolled_back and transfer.on_links:
                 self._send_in_vain(order, transfer)
             self._tell(order, transfer, attendance)
