@@ -34,7 +34,7 @@ from family import (
 )
 from helpers import Net, assert_equal, loader, regression_data, slow_but, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
@@ -532,6 +532,25 @@ def test_epochs_may_become_shorter(reloads: bool, seconds: list[float]) -> None:
         assert alone.read == fit().read
     else:
         assert all(len(set(batch)) == len(batch) for batch in alone.read[1])
+
+
+def test_a_fit_after_a_tuners_trial_reads_from_the_beginning() -> None:
+    """The trial has gone through several epochs, of a sampler that remembers."""
+
+    def fit(tunes: bool) -> Reads:
+        L.seed_everything(3, verbose=False)
+        module = Reads()
+        strategy = DilocoStrategy(2, 4, algorithm=DelayedNesterov(), cluster=cluster([0.1, 0.25]))
+        finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None, update_attr=False)
+        t = trainer(strategy, max_epochs=3, callbacks=[finder] if tunes else [], enable_checkpointing=tunes)
+        module.lr = 1e-3
+        t.fit(module, REMEMBERING["counts its passes"][0]())
+        return module
+
+    tuned, plain = fit(True), fit(False)
+    trial = {w: len(tuned.read[w]) - len(plain.read[w]) for w in (0, 1)}
+    assert trial[0] > 12
+    assert {w: tuned.read[w][n:] for w, n in trial.items()} == plain.read
 
 
 def test_an_epoch_that_a_hook_has_ended_is_over_for_the_workers_that_stepped() -> None:

@@ -156,17 +156,17 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
             iterator, batch_idx = next(data_fetcher), data_fetcher._batch_idx
             self.batch_progress.is_last_batch = data_fetcher.done
             engine.begin_step()
-            taking = engine.active
+            taking = turns.workers = engine.active
             read = batches = given = dict.fromkeys(taking, data_fetcher._batch)
         else:
             fetched, _, _ = next(data_fetcher)
             batch_idx = self.batch_idx + 1
             self.batch_progress.is_last_batch = data_fetcher.done
             engine.begin_step()
-            taking, workers, combined = engine.active, engine.local_workers, data_fetcher.combined_loader
+            taking = turns.workers = engine.active
+            workers, combined = engine.local_workers, data_fetcher.combined_loader
             # a batch of the user's loader is handed through untouched
             read = split_batch(fetched, taking or workers[:1]) if is_sharded(combined) else {workers[0]: fetched}
-            turns.workers = taking
             batches = turns.transfer({w: read[w] for w in taking})
             given = {w: batch for w, batch in batches.items() if batch is not None}
         # callbacks see the first worker's, as on rank 0 under DDP; also where none of this process's is there
@@ -175,7 +175,7 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
         connector.on_batch_start(batch)
 
         outputs: dict[int, Outputs] = {}
-        end_of_epoch, moving = False, engine.active_anywhere
+        end_of_epoch, moving = False, engine.active_anywhere if fit.places is not None else []
         end_hook_is_due, steps_before = True, engine.local_steps
 
         def end_hook() -> None:

@@ -103,6 +103,7 @@ class OwnPace:
         """No batch is asked for any more: loaders' processes end."""
         self._readers.clear()
         self._latest.clear()
+        self._drawn.clear()
 
 
 class OwnBatches(WorkerBatches):

@@ -52,7 +52,7 @@ class WorkerTurns:
         assert isinstance(loop._results, WorkerResults)
         self._loop, self._trainer, self.results = loop, loop.trainer, loop._results
         self._fit = fit_of(loop.trainer)
-        self.workers = self._fit.engine.active
+        self.workers: Sequence[int] = []
 
     @contextmanager
     def turn(self, worker: int, batch: Any, keep_gradients: bool = False) -> Iterator[None]:

@@ -32,9 +32,9 @@ class DelayedNesterov(SyncAlgorithm):
 
     The strategy's ``cluster`` says how fast the workers are: ``Cluster(step_seconds=[0.1, 0.1, 0.2, 0.4], …)``. A local
     step of the run, as ``max_steps`` counts it, is one of the fastest worker (with jitter: shorter than that, see
-    :mod:`lightning_diloco.cluster.pace`); the others take fewer. Each worker reads
-    its own shard batch by batch, also from epoch to epoch, and follows learning-rate schedules on its own steps. Time
-    on the links delays nobody's step; the clock counts it, for a server.
+    :mod:`lightning_diloco.cluster.pace`); the others take fewer. Each worker reads its shard batch by batch, also from
+    epoch to epoch, and follows learning-rate schedules on its own steps. Time on the links delays nobody's step; the
+    clock counts it, for a server.
 
     η and β are those of the strategy's outer SGD. Weights of the strategy (``weights="samples"``) multiply g, so that
     they are 1 on average. A worker that joins starts from θ, with a full budget of steps.

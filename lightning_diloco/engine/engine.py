@@ -208,7 +208,7 @@ class Engine:
         All processes call it together before the turns; once per local step something happens.
         """
         self._membership.enter(self.local_steps + 1)
-        if not self.active_anywhere:
+        if self.algorithm.chooses_workers and not self.active_anywhere:
             raise RuntimeError(
                 f"{type(self.algorithm).__name__}.active leaves nobody to take local step {self.local_steps + 1} of the"
                 f" workers {self.context.workers}, which are there: the run would stand still. Return one of them."
