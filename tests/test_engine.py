@@ -1,5 +1,6 @@
 """Does the engine run without a Trainer, and agree with the reference twin?"""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,3 +69,83 @@ def test_the_engine_runs_without_a_trainer_and_agrees_with_the_twin(outer, inner
     for w, worker in enumerate(twin.workers):
         same(engine.views.state_dict(w), worker.state_dict())
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == pointers
+
+
+def two_layers(num_workers: int = 3) -> tuple[torch.nn.Sequential, Engine]:
+    """A model with dropout whose second layer is frozen."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1)).double()
+    model[2].requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    options = {"num_workers": num_workers, "interval": 2, "algorithm": Diloco(), "seed": 5}
+    return model, Engine(model, [optimizer], outer_factory=partial(SGD, lr=1.0), **options)
+
+
+def step(model: torch.nn.Module, engine: Engine) -> None:
+    """A local step of the worker that is active."""
+    loss = model(torch.ones(2, 4, dtype=torch.float64) * (1 + engine.current_worker)).square().mean()
+    (optimizer,) = engine._inner.live
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def test_a_row_of_turns_is_turns_one_by_one_and_leaves_the_generators_as_they_were() -> None:
+    """Also with a row, every worker draws its own numbers, and none is drawn from the process's generator."""
+    states = []
+    for in_row in (False, True):
+        model, engine = two_layers()
+        torch.manual_seed(9)
+        for _ in range(3):
+            with engine.row_of_turns() if in_row else nullcontext():
+                for w in engine.local_workers:
+                    with engine.turn(w):
+                        step(model, engine)
+            assert engine.current_worker is None
+            engine.end_step()
+        drawn = torch.rand(3)
+        states.append([*engine.views.state_dict("outer").values(), *engine.views.state_dict(2).values(), drawn])
+        engine.close()
+    torch.manual_seed(9)
+    assert torch.equal(states[1][-1], torch.rand(3))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_after_an_error_in_a_row_the_module_holds_theta_and_the_generator_is_back() -> None:
+    model, engine = two_layers()
+    theta = {n: p.clone() for n, p in model.named_parameters()}
+    torch.manual_seed(9)
+
+    def row() -> None:
+        with engine.row_of_turns():
+            for w in engine.local_workers:
+                with engine.turn(w):
+                    step(model, engine)
+                    if w == 1:
+                        raise KeyError(w)
+
+    with pytest.raises(KeyError):
+        row()
+    assert all(torch.equal(p, theta[n]) for n, p in model.named_parameters())
+    assert engine.current_worker is None
+    drawn = torch.rand(3)
+    torch.manual_seed(9)
+    assert torch.equal(drawn, torch.rand(3))
+    with engine.turn(0):  # turns go on
+        step(model, engine)
+    engine.close()
+
+
+def test_what_a_row_has_unfrozen_is_synchronised_at_its_end() -> None:
+    model, engine = two_layers(num_workers=2)
+    for _ in range(2):
+        with engine.row_of_turns():
+            for w in engine.local_workers:
+                with engine.turn(w):
+                    model[2].requires_grad_(True)
+                    step(model, engine)
+        reports = engine.end_step()
+    assert len(reports) == 1
+    theta, workers = engine.views.state_dict("outer"), [engine.views.state_dict(w) for w in (0, 1)]
+    assert all(torch.equal(theta[n], own[n]) for own in workers for n in theta)
+    engine.close()

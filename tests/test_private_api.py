@@ -87,9 +87,10 @@ LAYERS = """
     _lightning.io _lightning.rounds
     _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading
     _lightning.own_pace _lightning.loaders _lightning.data
-    _lightning.planning _lightning.connectors _lightning.results _lightning.turns _lightning.evaluation _lightning.loops
+    _lightning.planning _lightning.connectors _lightning.results _lightning.turns _lightning.optimization
+    _lightning.evaluation _lightning.loops
     _lightning.installation _lightning.launching _lightning.trainers _lightning.ranks _lightning.process
-    _lightning.collectives _lightning.team _lightning.fitting
+    _lightning.collectives _lightning.shortcuts _lightning.team _lightning.fitting
     strategy
     simulator.metrics simulator.history simulator.module simulator.callback simulator.facade simulator
     comparison.requirements comparison.runs comparison.recording comparison.training comparison.folder

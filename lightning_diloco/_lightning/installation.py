@@ -16,11 +16,11 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 
 from lightning_diloco._lightning.data import original
 from lightning_diloco._lightning.loops import (
-    DilocoAutomaticOptimization,
     DilocoEpochLoop,
     DilocoFitLoop,
     DilocoValidationLoop,
 )
+from lightning_diloco._lightning.optimization import DilocoAutomaticOptimization
 from lightning_diloco._lightning.reclassed import give_back
 from lightning_diloco._lightning.results import WorkerResults
 from lightning_diloco.comm.world import World
@@ -63,6 +63,8 @@ def uninstall(trainer: Trainer) -> None:
         fit_loop._data_fetcher = None  # its teardown would ask for the length of a loader that is gone
         fit_loop._combined_loader.flattened = [original(loader) for loader in fit_loop._combined_loader.flattened]
     for holder in _live_objects(trainer):
+        if isinstance(holder, WorkerResults):
+            holder.give_back_metrics()
         give_back(holder)
 
 

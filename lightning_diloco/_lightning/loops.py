@@ -6,7 +6,6 @@ Trainer gets these loops for the time of a fit (``installation.py``). Private be
 these places and no public names.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +17,6 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -266,20 +264,6 @@ class DilocoEpochLoop(Reclassed, _TrainingEpochLoop):
                 self.val_loop.increment_progress_to_evaluation_end()
         self.val_loop.restarting = False
         return False
-
-
-class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
-    """Automatic optimization, in which a worker may leave out a step wherever it is hosted."""
-
-    @override
-    def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
-        # Lightning refuses a step without a loss in several processes, because under DDP they wait for each other in
-        # every backward pass. That is true of the members of a team only.
-        if fit_of(self.trainer).world.team > 1:
-            return super()._training_step(kwargs)
-        output = call._call_strategy_hook(self.trainer, "training_step", *kwargs.values())
-        self.trainer.strategy.post_training_step()
-        return self.output_result_cls.from_training_step_output(output, self.trainer.accumulate_grad_batches)
 
 
 class DilocoValidationLoop(Reclassed, _EvaluationLoop):

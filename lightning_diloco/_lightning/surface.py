@@ -66,6 +66,8 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
     (_AutomaticOptimization, "_make_closure"): ("self", "kwargs", "optimizer", "batch_idx"),
     (_AutomaticOptimization, "_optimizer_step"): ("self", "batch_idx", "train_step_and_backward_closure"),
     (_AutomaticOptimization, "_training_step"): ("self", "kwargs"),
+    (_AutomaticOptimization, "_on_before_zero_grad"): ("self", "optimizer"),
+    (_AutomaticOptimization, "_optimizer_zero_grad"): ("self", "batch_idx", "optimizer"),
     (_ManualOptimization, "run"): ("self", "kwargs"),
     (_LoggerConnector, "on_batch_start"): ("self", "batch", "dataloader_idx"),
     (_LoggerConnector, "on_batch_end"): ("self",),

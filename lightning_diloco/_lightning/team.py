@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_diloco._lightning.collectives import CollectiveStrategy
+from lightning_diloco._lightning.shortcuts import ShortcutStrategy
 from lightning_diloco._lightning.trainer_state import accumulating
 from lightning_diloco.state.outer import needs_closure
 
 
-class TeamStrategy(CollectiveStrategy):
+class TeamStrategy(ShortcutStrategy):
     """Averages the gradients of a worker's processes."""
 
     @override

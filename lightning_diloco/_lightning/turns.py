@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
@@ -21,14 +22,12 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from torch.utils._pytree import tree_leaves
 
-from lightning_diloco._lightning.hooks import does_something, rank_of
+from lightning_diloco._lightning.hooks import does_something, only_moves, rank_of, transfers_in_turn, unheard
 from lightning_diloco._lightning.results import WorkerResults
 from lightning_diloco.comm.world import World
 from lightning_diloco.fit import Fit
 
 Outputs = dict[str, Any]
-
-_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def fit_of(trainer: Trainer) -> Fit:
@@ -73,35 +72,37 @@ class WorkerTurns:
         """Moves each worker's batch to the device, in the worker's turn if the project overrides a transfer hook."""
         trainer = self._trainer
         module = trainer.lightning_module
-        owners = [o for o in (module, trainer.datamodule) if o is not None]
         # An overridden hook may augment at random or read the module, so it needs the worker's stream and weights.
         # Lightning's own transfer needs neither, and a turn that swaps every tensor would be wasted on it.
-        in_turn = any(does_something(o, hook) for hook in _TRANSFER_HOOKS for o in owners)
+        in_turn, plainly = transfers_in_turn(trainer), only_moves(trainer)
 
         def move(batch: Any) -> Any:
             batch = trainer.precision_plugin.convert_input(batch)
+            if plainly:
+                return move_data_to_device(batch, trainer.strategy.root_device)
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
         if not in_turn:
             return {w: move(batch) for w, batch in batches.items()}
         moved = {}
-        for w, batch in batches.items():
-            with self.turn(w, batch):
-                moved[w] = move(batch)
+        with self._fit.engine.row_of_turns():
+            for w, batch in batches.items():
+                with self.turn(w, batch):
+                    moved[w] = move(batch)
         self.results.fold()
         return moved
 
     def run(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
         """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
         engine = self._fit.engine
+        self._fit.unheard = unheard(self._trainer)
         automatic = self._trainer.lightning_module.automatic_optimization
-        inputs = {
-            w: OrderedDict(any=iterator)
-            if iterator is not None
-            else self._loop._build_kwargs(OrderedDict(), batch, batch_idx)
-            for w, batch in batches.items()
-        }
+        if iterator is None:  # Lightning reads the signature of `training_step` to build them
+            arguments = self._loop._build_kwargs(OrderedDict(), None, batch_idx)
+            inputs = {w: OrderedDict(arguments, batch=batch) for w, batch in batches.items()}
+        else:
+            inputs = {w: OrderedDict(any=iterator) for w in batches}
         stepping = not self._loop._should_accumulate() and not self._loop.automatic_optimization._skip_backward
         counters = _Counters(self._loop.automatic_optimization, self._loop.manual_optimization)
         with counters.kept(lambda: set(inputs) <= engine.progress.done):
@@ -109,15 +110,16 @@ class WorkerTurns:
                 outputs = self._run_after_all_backwards(inputs, batch_idx, counters)
             else:
                 outputs = {}
-                for w in counters.each(inputs):
-                    with self.turn(w, batches[w]):
-                        if automatic:  # Lightning allows a single optimizer then
-                            optimizer = self._trainer.optimizers[0]
-                            outputs[w] = self._loop.automatic_optimization.run(optimizer, batch_idx, inputs[w])
-                        else:
-                            outputs[w] = self._loop.manual_optimization.run(inputs[w])
-                    engine.progress.done.add(w)
-                    self._note(w, batches[w], outputs[w])
+                with engine.row_of_turns():
+                    for w in counters.each(inputs):
+                        with self.turn(w, batches[w]):
+                            if automatic:  # Lightning allows a single optimizer then
+                                optimizer = self._trainer.optimizers[0]
+                                outputs[w] = self._loop.automatic_optimization.run(optimizer, batch_idx, inputs[w])
+                            else:
+                                outputs[w] = self._loop.manual_optimization.run(inputs[w])
+                        engine.progress.done.add(w)
+                        self._note(w, batches[w], outputs[w])
             if engine.differs_in_active_workers:
                 counters.agree(engine.world, f"the turns of local step {engine.local_steps + 1}")
         self.results.fold()
@@ -130,18 +132,20 @@ class WorkerTurns:
         fit, loop = self._fit, self._loop.automatic_optimization
         engine, parameters = fit.engine, self._trainer.lightning_module.parameters
         closures: dict[int, _Finished] = {}
-        for w in counters.each(inputs):
-            with self.turn(w, inputs[w].get("batch"), keep_gradients=True):  # for the worker's second turn below
-                closure = loop._make_closure(inputs[w], self._trainer.optimizers[0], batch_idx)
-                with fit.team.one_pass(parameters()):
-                    closures[w] = _Finished(closure())
-                closures[w].output = closure.consume_result().asdict()
+        with engine.row_of_turns():
+            for w in counters.each(inputs):
+                with self.turn(w, inputs[w].get("batch"), keep_gradients=True):  # for the worker's second turn below
+                    closure = loop._make_closure(inputs[w], self._trainer.optimizers[0], batch_idx)
+                    with fit.team.one_pass(parameters()):
+                        closures[w] = _Finished(closure())
+                    closures[w].output = closure.consume_result().asdict()
         engine.before_inner_steps()
-        for w in counters.each(inputs):
-            with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
-                loop._optimizer_step(batch_idx, closures[w])  # with Lightning's hooks, clipping and precision
-            engine.progress.done.add(w)
-            self._note(w, inputs[w].get("batch"), closures[w].output)
+        with engine.row_of_turns():
+            for w in counters.each(inputs):
+                with self.turn(w, inputs[w].get("batch")), fit.team.computed_before():
+                    loop._optimizer_step(batch_idx, closures[w])  # with Lightning's hooks, clipping and precision
+                engine.progress.done.add(w)
+                self._note(w, inputs[w].get("batch"), closures[w].output)
         return {w: {} if c.loss is None else c.output for w, c in closures.items()}
 
     def _note(self, worker: int, batch: Any, output: Outputs) -> None:
@@ -169,9 +173,10 @@ class WorkerTurns:
         if not does_something(trainer.lightning_module, name):
             return []
         responses = []
-        for w, batch in batches.items():
-            with self.turn(w, batch):
-                responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
+        with self._fit.engine.row_of_turns():
+            for w, batch in batches.items():
+                with self.turn(w, batch):
+                    responses.append(call._call_lightning_module_hook(trainer, name, *arguments(w)))
         self.results.fold()
         return responses
 

@@ -202,6 +202,10 @@ class Engine:
         """See :meth:`Turns.turn`."""
         return self.turns.turn(worker, keep_gradients)
 
+    def row_of_turns(self) -> AbstractContextManager[None]:
+        """See :meth:`Turns.row`."""
+        return self.turns.row()
+
     def begin_step(self) -> None:
         """Workers leave and join before the coming local step.
 

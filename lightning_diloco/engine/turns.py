@@ -3,10 +3,12 @@
 Owns the worker that is active, and the checks of what its step has done. Does not own what a turn swaps (``state/``),
 nor the count of steps (``engine.py``). Imports nothing of Lightning.
 
-A turn of worker i, in order:
+Turns that follow each other with nothing of the project's in between are a row: what lies outside the turns is set up
+once. A turn of worker i, in order; the steps marked with * are done once in a row, before its first turn or after its
+last:
 
 ==============================================  ==================================================
-outside changes of weights and optimizers       ``state/live_module.py``, ``state/optimizers.py``
+outside changes of weights and optimizers *     ``state/live_module.py``, ``state/optimizers.py``
 θ_i and the worker's buffers become active      ``state/replicas.py`` (``Layout.activate``)
 what an error inside the turn sets back         ``engine/progress.py`` (``BatchProgress.turn``)
 inner optimizer states, groups, scaler          ``state/worker.py`` (``Worker.activate``)
@@ -16,8 +18,9 @@ the worker's random stream                      ``state/randomness.py``
 random stream, inner states, gradients kept     ``state/worker.py``
 replaced ``.data`` copied into the replica      ``state/replicas.py`` (``Layout.collect``)
 was the step done by a known optimizer?         ``state/guard.py``
-the module's tensors become active again        ``state/live_module.py`` (``deactivate``)
-the optimizers hold the first worker's state    ``state/optimizers.py`` (``activate_first``)
+the module's tensors become active again *      ``state/live_module.py`` (``deactivate``)
+the optimizers hold the first worker's state *  ``state/optimizers.py`` (``activate_first``)
+the process's random stream is back *           ``state/randomness.py``
 ==============================================  ==================================================
 """
 
@@ -65,15 +68,37 @@ class Turns:
         self._banks_gradients = banks_gradients
         self.current_worker: int | None = None
         self.finished = False
+        self._in_row = False
         self._guard, self._attributes = StepGuard(), AttributeGuard()
         after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
         self._hook = register_optimizer_step_post_hook(partial(_call_if_alive, after_step))
 
     @contextmanager
+    def row(self) -> Iterator[None]:
+        """Inside, turns follow each other, and nothing in between reads or writes the module or the optimizers.
+
+        Outside changes since the last row are adopted first, by every worker. A turn outside a row makes a row of its
+        own.
+        """
+        if self._live.is_plain_run:
+            yield
+            return
+        inner = self._context.inner
+        self._live.adopt_outside_changes()
+        inner.adopt_outside_changes()
+        self._in_row = True
+        try:
+            with inner.random_state_kept():
+                yield
+        finally:
+            self._in_row = False
+            self._live.deactivate()
+            inner.activate_first()
+        self._live.follow()  # what the turns have frozen or unfrozen, before a synchronisation
+
+    @contextmanager
     def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
         """A worker's turn: its weights, buffers, optimizer states, gradients, scaler and random stream are active.
-
-        Outside changes of the module and the optimizers since the last turn are adopted first, by every worker.
 
         Args:
             worker: global id, hosted here.
@@ -90,6 +115,7 @@ class Turns:
         try:
             with (
                 self._stopwatch.part("inner"),
+                nullcontext() if self._in_row or self._live.is_plain_run else self.row(),
                 nullcontext() if self._live.is_plain_run else self._swapped_in(worker, keep_gradients),
             ):
                 yield
@@ -100,8 +126,6 @@ class Turns:
     @contextmanager
     def _swapped_in(self, worker: int, keep_gradients: bool) -> Iterator[None]:
         ctx, inner = self._context, self._context.inner
-        self._live.adopt_outside_changes()
-        inner.adopt_outside_changes()
         layout, state, worker_state = ctx.replicas.layout, ctx.replicas.states[worker], inner.workers[worker]
         # every worker's steps change the same attributes, so that looking at the first worker's is enough
         looks = len(ctx.local_workers) > 1 and worker == ctx.local_workers[0]
@@ -130,8 +154,6 @@ class Turns:
                 self._attributes.end_turn(inner.live)
         finally:
             layout.end_turn()
-            self._live.deactivate()
-            inner.activate_first()
 
     def note_step(self, optimizer: Any) -> None:
         """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step.

@@ -6,7 +6,7 @@ Lightning.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -111,6 +111,10 @@ class InnerOptimizers:
             self.own_steps.forget()
             self.own_steps.initial = [c.read() for c in self._controls]
         self.activate_first()
+
+    def random_state_kept(self) -> AbstractContextManager[None]:
+        """The process's generators are afterwards as before; the workers' turns inside set them to their own states."""
+        return nullcontext() if self.first.stream is None else self.first.stream.outside_kept()
 
     def activate_first(self) -> None:
         """Puts the first worker's state into the optimizers and the scaler's owner, after a turn."""

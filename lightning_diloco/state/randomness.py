@@ -83,16 +83,30 @@ class RandomStream:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Torch draws from this stream inside the block; afterwards torch's previous state is back, untouched."""
+        with self.outside_kept(), self.loaded():
+            yield
+
+    @contextmanager
+    def outside_kept(self) -> Iterator[None]:
+        """Torch's generators are after the block as they were before it."""
         outside_cpu = torch.get_rng_state()
+        outside_cuda = None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(outside_cpu)
+            if self._cuda is not None and outside_cuda is not None:
+                torch.cuda.set_rng_state(outside_cuda, self._cuda)
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Torch draws from this stream inside the block, and its generators stay where the block leaves them."""
         torch.set_rng_state(self.cpu_state)
         if self._cuda is not None and self.cuda_state is not None:
-            outside_cuda = torch.cuda.get_rng_state(self._cuda)
             torch.cuda.set_rng_state(self.cuda_state, self._cuda)
         try:
             yield
         finally:
             self.cpu_state = torch.get_rng_state()
-            torch.set_rng_state(outside_cpu)
             if self._cuda is not None:
                 self.cuda_state = torch.cuda.get_rng_state(self._cuda)
-                torch.cuda.set_rng_state(outside_cuda, self._cuda)

@@ -81,13 +81,14 @@ class Layout:
     def __init__(self, module: nn.Module, share_frozen: bool = False, suspended: set[int] | None = None) -> None:
         self.module = module
         self.share_frozen = share_frozen
-        self._required: set[int] = set()
+        self._required: list[bool] = []
         self._suspended: set[int] = suspended or set()  # parameters that a worker's turn left without requires_grad
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in module.named_parameters() if self._requires_grad(p) or not share_frozen
         }
         self.everything = list(module.parameters())
         self.signature = self._signature()
+        self._tree = self._present_tree()
         metrics = {id(child) for m in module.modules() if isinstance(m, Metric) for child in m.modules()}
         named = [
             (name, m)
@@ -120,16 +121,24 @@ class Layout:
 
     def replaced(self) -> bool:
         """Whether parameters came, went or were replaced since this layout was made."""
+        if all(_ids(m._parameters) == own and _ids(m._modules) == children for m, own, children in self._tree):
+            return False  # asked after every turn, and several times as fast as the walk through the module
         return [id(p) for p in self.module.parameters()] != [id(p) for p in self.everything]
+
+    def _present_tree(self) -> list[tuple[nn.Module, list[int], list[int]]]:
+        return [(m, _ids(m._parameters), _ids(m._modules)) for m in self.module.modules()]
 
     def begin_turn(self) -> None:
         """Before a worker's turn: notes which parameters require a gradient."""
-        self._required = {id(p) for p in self.everything if p.requires_grad}
+        self._required = [p.requires_grad for p in self.everything]
 
     def end_turn(self) -> None:
         """After a worker's turn: parameters that the turn froze still count as trainable (GANs toggle the flag)."""
-        required = {id(p) for p in self.everything if p.requires_grad}
-        self._suspended = (self._suspended | self._required) - required
+        required = [p.requires_grad for p in self.everything]
+        if self._suspended or required != self._required:
+            before = {id(p) for p, was in zip(self.everything, self._required, strict=True) if was}
+            now = {id(p) for p, is_now in zip(self.everything, required, strict=True) if is_now}
+            self._suspended = (self._suspended | before) - now
 
     def _requires_grad(self, p: nn.Parameter) -> bool:
         return p.requires_grad or id(p) in self._suspended
@@ -236,6 +245,10 @@ class Replicas:
         present = layout.read()
         self.states = {w: layout.copy_of(layout.carried(self.layout, old, present)) for w, old in self.states.items()}
         self.layout, self.module_state = layout, present
+
+
+def _ids(members: Mapping[str, object]) -> list[int]:
+    return [id(member) for member in members.values()]
 
 
 def copy_buffers(buffers: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:

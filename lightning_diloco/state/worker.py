@@ -124,7 +124,7 @@ class Worker:
 
     @contextmanager
     def turn(self, parameters: Sequence[torch.nn.Parameter], keep_gradients: bool) -> Iterator[None]:
-        """The worker's state is active inside the block.
+        """The worker's state is active inside the block; torch's generators stay where the block leaves them.
 
         Args:
             parameters: the module's parameters; ``.grad`` is the worker's inside the block and None afterwards.
@@ -138,7 +138,7 @@ class Worker:
             if self.stream is None:
                 yield
             else:
-                with self.stream.active():
+                with self.stream.loaded():
                     yield
         finally:
             # read back, since a step may have replaced the state (Optimizer.load_state_dict makes a new dict)
