@@ -11,6 +11,7 @@ from reference import Reference, shards
 
 from lightning_diloco import Diloco
 from lightning_diloco.engine.engine import Engine
+from lightning_diloco.state.replicas import Layout
 
 SGD = torch.optim.SGD
 NESTEROV = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
@@ -138,14 +139,46 @@ def test_after_an_error_in_a_row_the_module_holds_theta_and_the_generator_is_bac
 
 def test_what_a_row_has_unfrozen_is_synchronised_at_its_end() -> None:
     model, engine = two_layers(num_workers=2)
-    for _ in range(2):
+    for last in (False, True):  # the step that is synchronised
         with engine.row_of_turns():
             for w in engine.local_workers:
                 with engine.turn(w):
-                    model[2].requires_grad_(True)
+                    model[2].requires_grad_(last)
                     step(model, engine)
         reports = engine.end_step()
     assert len(reports) == 1
     theta, workers = engine.views.state_dict("outer"), [engine.views.state_dict(w) for w in (0, 1)]
     assert all(torch.equal(theta[n], own[n]) for own in workers for n in theta)
     engine.close()
+
+
+def test_a_parameter_that_a_turn_froze_counts_as_trainable_until_it_is_frozen_between_turns() -> None:
+    model = torch.nn.Linear(2, 1)
+    layout = Layout(model)
+
+    def turn(frozen_inside: bool) -> None:
+        layout.begin_turn()
+        model.bias.requires_grad_(not frozen_inside)
+        layout.end_turn()
+
+    turn(frozen_inside=True)
+    assert layout.trainable == ["weight", "bias"]
+    model.bias.requires_grad_(True)
+    turn(frozen_inside=False)
+    model.bias.requires_grad_(False)
+    assert layout.trainable == ["weight"]
+
+
+def test_parameters_that_are_replaced_or_added_anywhere_in_the_module_are_noticed() -> None:
+    def noticed(change: Any) -> bool:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 1)))
+        layout = Layout(model)
+        change(model)
+        return layout.replaced()
+
+    assert not noticed(lambda model: None)
+    assert not noticed(lambda model: model[1].__setitem__(0, torch.nn.GELU()))  # without parameters
+    assert noticed(lambda model: model[1].__setitem__(1, torch.nn.Linear(2, 1)))
+    assert noticed(lambda model: setattr(model[1][1], "bias", torch.nn.Parameter(torch.zeros(1))))
+    assert noticed(lambda model: model[1][0].register_parameter("slope", torch.nn.Parameter(torch.zeros(1))))
+    assert noticed(lambda model: model[0].add_module("more", torch.nn.Linear(1, 1)))

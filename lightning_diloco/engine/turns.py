@@ -30,7 +30,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_diloco.algorithms.context import SyncContext
@@ -128,7 +127,8 @@ class Turns:
         ctx, inner = self._context, self._context.inner
         layout, state, worker_state = ctx.replicas.layout, ctx.replicas.states[worker], inner.workers[worker]
         # every worker's steps change the same attributes, so that looking at the first worker's is enough
-        looks = len(ctx.local_workers) > 1 and worker == ctx.local_workers[0]
+        here = ctx.local_workers
+        looks = len(here) > 1 and worker == here[0]
         layout.activate(state)
         layout.begin_turn()
         self._guard.begin_turn(layout, state, ctx.outer.tensors)
@@ -146,8 +146,7 @@ class Turns:
                     " can't follow. Do it between steps, for all workers at once (for example in"
                     " `Callback.on_train_batch_start`)."
                 )
-            with torch.no_grad():
-                layout.collect(state)
+            layout.collect(state)
             where = f"worker {worker}'s turn at local step {ctx.local_steps + 1}"
             self._guard.end_turn(layout, state, inner.live, where)
             if looks:

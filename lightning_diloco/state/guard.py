@@ -59,7 +59,6 @@ class StepGuard:
             watch.remove()
         self._watches = []
 
-    @torch.no_grad()
     def begin_turn(self, layout: Layout, state: ModelState, theta: Mapping[str, Tensor]) -> None:
         """Before a worker's turn.
 
@@ -74,8 +73,12 @@ class StepGuard:
             if self._layout is not layout or unproven != self._unproven:
                 self._layout, self._unproven = layout, unproven
                 self._watch([layout.parameters[n] for n in unproven])
-        values = ((n, state.tensors[n]) for n in self._unproven)
-        self._before = {n: theta[n] if bitwise_equal(t, theta[n]) else t.clone() for n, t in values}
+        if not self._unproven:
+            self._before = {}
+            return
+        with torch.no_grad():
+            values = ((n, state.tensors[n]) for n in self._unproven)
+            self._before = {n: theta[n] if bitwise_equal(t, theta[n]) else t.clone() for n, t in values}
 
     def _watch(self, parameters: Iterable[Tensor]) -> None:
         """Notes which parameters get a gradient: an optimizer may have cleared it when the turn is over."""
@@ -89,7 +92,6 @@ class StepGuard:
     def _note_gradient(self, key: int, _: Tensor) -> None:
         self._had_gradient.add(key)
 
-    @torch.no_grad()
     def end_turn(self, layout: Layout, state: ModelState, known: Collection[Any], where: str) -> None:
         """After a worker's turn.
 
@@ -103,8 +105,12 @@ class StepGuard:
             RuntimeError: a parameter that had a gradient has moved, and no known optimizer holds it; or one has moved
                 and there is no known optimizer.
         """
-        if not self._before:
-            return
+        if self._before:
+            self._compare(layout, state, known, where)
+            self._before = {}
+
+    @torch.no_grad()
+    def _compare(self, layout: Layout, state: ModelState, known: Collection[Any], where: str) -> None:
         proven, steppable = _parameter_ids(self._stepped.values()), _parameter_ids(known)
         for name, before in self._before.items():
             key = id(layout.parameters[name])
@@ -122,7 +128,6 @@ class StepGuard:
                 self._moved.setdefault(name, message)
             else:
                 self._written = self._written or message
-        self._before = {}
 
     def end_batch(self, layout: Layout, waiting: Collection[Any] = ()) -> None:
         """After a batch, or an epoch.

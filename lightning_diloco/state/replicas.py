@@ -88,7 +88,8 @@ class Layout:
         }
         self.everything = list(module.parameters())
         self.signature = self._signature()
-        self._tree = self._present_tree()
+        self._tree = list(module.modules())
+        self._known_members = self._members()
         metrics = {id(child) for m in module.modules() if isinstance(m, Metric) for child in m.modules()}
         named = [
             (name, m)
@@ -121,12 +122,13 @@ class Layout:
 
     def replaced(self) -> bool:
         """Whether parameters came, went or were replaced since this layout was made."""
-        if all(_ids(m._parameters) == own and _ids(m._modules) == children for m, own, children in self._tree):
+        if self._members() == self._known_members:
             return False  # asked after every turn, and several times as fast as the walk through the module
         return [id(p) for p in self.module.parameters()] != [id(p) for p in self.everything]
 
-    def _present_tree(self) -> list[tuple[nn.Module, list[int], list[int]]]:
-        return [(m, _ids(m._parameters), _ids(m._modules)) for m in self.module.modules()]
+    def _members(self) -> list[int]:
+        """Ids of the parameters and submodules of all modules that were there when this layout was made."""
+        return [id(x) for m in self._tree for members in (m._parameters, m._modules) for x in members.values()]
 
     def begin_turn(self) -> None:
         """Before a worker's turn: notes which parameters require a gradient."""
@@ -184,7 +186,8 @@ class Layout:
                         f" {p.dtype} inside a worker's step. Change a parameter's shape between steps, for all"
                         " workers at once (for example in `Callback.on_train_batch_start`)."
                     )
-                tensor.copy_(p.data)
+                with torch.no_grad():
+                    tensor.copy_(p.data)
 
     def previous_names(self, old: "Layout") -> dict[str, str]:
         """New name → name in ``old``, for parameters in both layouts (pruning and parametrizations rename them)."""
@@ -245,10 +248,6 @@ class Replicas:
         present = layout.read()
         self.states = {w: layout.copy_of(layout.carried(self.layout, old, present)) for w, old in self.states.items()}
         self.layout, self.module_state = layout, present
-
-
-def _ids(members: Mapping[str, object]) -> list[int]:
-    return [id(member) for member in members.values()]
 
 
 def copy_buffers(buffers: list[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:

@@ -6,7 +6,7 @@
 * memory: the peak of live tensors within one call, beyond what was alive before it (its result included), in models.
   Counted by a ``TorchDispatchMode`` that sees every new storage; payloads and errors that stay are told apart.
 
-Run ``python tests/benchmarks/exchange.py``: a minute or two; ``--only NAME`` for the rows that contain it.
+Run ``python -m tests.benchmarks.exchange``: a minute or two; ``--only NAME`` for the rows that contain it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from lightning_diloco.comm.statistics import MeanStatistics, norm_and_cosine
 from lightning_diloco.comm.tensors import bitwise_equal
 from lightning_diloco.comm.world import World
 from lightning_diloco.engine.engine import Engine
+from tests.benchmarks.rows import Row
 
 WIDTH, LAYERS = 384, 6
 CARRY = (2 << 23) - math.isqrt(2 << 46) - 1  # carries into the exponent where the mantissa exceeds √2
@@ -334,18 +335,23 @@ ROWS: dict[str, Callable[[], Pair]] = {
 }
 
 
-def compare(name: str, make: Callable[[], Pair], repeats: int) -> None:
-    """Lets both take turns, and prints the ratio of their medians."""
-    pair = make()
+def timed(pair: Pair, repeats: int) -> tuple[list[float], list[float]]:
+    """Lets both take turns; CPU milliseconds of ours and by hand."""
     seconds: dict[str, list[float]] = {"ours": [], "by_hand": []}
     for repeat in range(repeats + 1):
         for which in ("ours", "by_hand") if repeat % 2 else ("by_hand", "ours"):
             pair.before()
             start = time.process_time()
             getattr(pair, which)()
-            seconds[which].append(time.process_time() - start)
-    ours, hand = (statistics.median(values[1:]) for values in seconds.values())
-    print(f"{name:<46}{ours / hand:>8.2f}   {pair.goal}; {1e3 * ours:.0f} ms against {1e3 * hand:.0f} ms", flush=True)
+            seconds[which].append(1e3 * (time.process_time() - start))
+    return seconds["ours"][1:], seconds["by_hand"][1:]
+
+
+def compare(name: str, make: Callable[[], Pair], repeats: int) -> None:
+    """Prints the ratio of their medians."""
+    pair = make()
+    ours, hand = map(statistics.median, timed(pair, repeats))
+    print(f"{name:<46}{ours / hand:>8.2f}   {pair.goal}; {ours:.0f} ms against {hand:.0f} ms", flush=True)
 
 
 class Peak(TorchDispatchMode):
@@ -409,6 +415,17 @@ def peak(what: str, workers: int, of: Mapping[str, tuple[int, ...]], goal: str) 
     print(
         f"{f'peak, {what}, N = {workers}, {kind}':<64}{counted.most / models.bytes:>6.2f} models   {goal}", flush=True
     )
+
+
+def rows(repeats: int) -> Iterator[Row]:
+    """The outer steps of the engine, for the table of ``python -m tests.benchmarks``."""
+    for workers in (4, 16):
+        for measured in (True, False):
+            gc.collect()
+            ours, hand = timed(whole(workers, measured, ""), repeats)
+            name = f"outer step, 10.8 M, N = {workers}, {'with' if measured else 'without'} diagnostics"
+            goal = 2.0 if measured else 1.5
+            yield Row(name, "mean, Nesterov, copies by hand", ours, hand, "ms", goal)
 
 
 def main() -> None:

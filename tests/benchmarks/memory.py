@@ -1,0 +1,106 @@
+"""Memory of a worker, and many workers in one process. Each figure comes from a process of its own. Linux only.
+
+* memory per extra worker: growth of the peak, outer steps included, fitted over N = 2, 4, 8, over a worker's
+  parameters and inner optimizer state (byte GPT, 19 MB);
+* N = 64 of a model of 10 M parameters: the whole process over N · (parameters + inner state) + two models; the peak
+  of an outer step beyond the memory before it, in models; and the CPU time per worker-step over that of N = 1.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_diloco import DilocoStrategy
+from tests.benchmarks.rows import Row, forget_peak, memory, result, start
+from tests.benchmarks.workloads import LARGE, SMALL, Marks, gpt, quiet, seconds_per_step, text, trainer
+
+MANY = (1, 4, 16, 64)
+STEPS = 10
+
+
+class Watch(Marks):
+    """Also the memory around the outer step that the last step ends with."""
+
+    before = peak = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == trainer.max_steps - 1:
+            self.before = memory("VmRSS")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_batch_end()
+        self.peak = memory("VmHWM")
+
+
+def measure(workers: int, interval: int, steps: int, options: tuple[str, ...]) -> dict[str, float]:
+    """A fit that ends with an outer step."""
+    watch = Watch(time.process_time)
+    averaging = {"lr": 1.0} if workers == 1 else None  # one worker, plain average: the plain run
+    strategy = DilocoStrategy(num_nodes=workers, diloco_interval=interval, outer_optimizer_kwargs=averaging)
+    t = trainer(strategy, steps, callbacks=watch, gradient_clip_val=1.0)
+    module, data = gpt(options), text(options)
+    bare = memory("VmRSS")
+
+    class OuterPeak(L.Callback):
+        """The peak from the last worker's step on, whose activations are gone by then."""
+
+        def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == steps - 1 and trainer.strategy.current_worker == workers - 1:
+                forget_peak()
+
+    if interval > 2:
+        t.callbacks.append(OuterPeak())
+    t.fit(module, data)
+    state = [tensor for values in t.optimizers[0].state.values() for tensor in values.values()]
+    model = sum(p.nbytes for p in module.parameters())
+    return {
+        "worker": model + sum(s.nbytes for s in state),
+        "model": model,
+        "bare": bare,
+        "before": watch.before,
+        "peak": watch.peak,
+        "step": seconds_per_step(watch.marks[:-1]),
+    }
+
+
+def rows(repeats: int) -> Iterator[Row]:
+    counts, slopes, states = (2, 4, 8), [], []
+    for _ in range(repeats):
+        found = [result(start("memory", n, 2, 8, *SMALL)) for n in counts]
+        slopes.append(statistics.linear_regression(counts, [f["peak"] for f in found]).slope / 1e6)
+        states.append(found[0]["worker"] / 1e6)
+    yield Row("memory per extra worker, peak", "parameters + inner state", slopes, states, "MB", 1.03)
+    many = {n: result(start("memory", n, STEPS, STEPS, *LARGE)) for n in MANY}
+    most, last = many[MANY[-1]], MANY[-1]
+    total, outer = most["before"] - most["bare"], most["peak"] - most["before"]
+    expected = last * most["worker"] + 2 * most["model"]
+    name = f"N = {last}, {most['model'] / 4e6:.1f} M parameters"
+    yield Row(
+        f"memory, {name}", f"{last} × (parameters + state) + 2 models", [total / 1e9], [expected / 1e9], "GB", 1.03
+    )
+    yield Row(f"peak of an outer step, {name}", "a model", [outer / 1e6], [most["model"] / 1e6], "MB", 2.0)
+    for n in MANY[1:]:
+        ours, one = 1000 * many[n]["step"] / n, 1000 * many[1]["step"]
+        what = f"worker-step, {most['model'] / 4e6:.1f} M parameters, N = {n}"
+        yield Row(what, "N = 1", [ours], [one], "ms", 1.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workers", type=int)
+    parser.add_argument("interval", type=int)
+    parser.add_argument("steps", type=int)
+    args, options = parser.parse_known_args()
+    quiet()
+    torch.set_num_threads(1)
+    print(json.dumps(measure(args.workers, args.interval, args.steps, tuple(options))))
+
+
+if __name__ == "__main__":
+    main()
