@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_diloco import (
+    Availability,
+    Cluster,
     DataParallel,
     DilocoCallback,
     DilocoSimulator,
@@ -30,6 +32,14 @@ from lightning_diloco import (
     Int8,
     TopK,
 )
+from lightning_diloco.reporting import summary
+
+
+@pytest.fixture(autouse=True)
+def a_single_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines don't depend on this machine."""
+    monkeypatch.setattr(summary, "usable_cores", lambda: 1)
+
 
 # Linear(3, 8), Linear(8, 1) in float32
 PARAMETERS = 4 * (3 * 8 + 8 + 8 + 1)
@@ -81,12 +91,39 @@ def test_the_last_line_says_where_the_time_went() -> None:
     line = fit(DilocoStrategy(num_nodes=2, diloco_interval=5), Slow(), max_steps=10)[-1]
     took = time.perf_counter() - began
     found = re.fullmatch(
-        r"DiLoCo: inner steps (\S+) s, outer steps (\S+) s, evaluation (\S+) s, waiting for other processes 0\.0 s\.",
+        r"DiLoCo: inner steps (\S+) s, outer steps (\S+) s, evaluation (\S+) s, waiting for other processes 0\.0 s;"
+        r" (\S+) worker-steps per second\.",
         line,
     )
-    inner, outer, evaluation = map(float, found.groups())
+    inner, outer, evaluation, rate = map(float, found.groups())
+    assert 20 / took <= rate <= 1 / 0.03
     assert 2 * 10 * 0.03 <= inner + 0.05 <= took
     assert outer + evaluation <= took - 2 * 10 * 0.03 + 0.1
+
+
+def test_worker_steps_are_those_of_the_workers_that_stepped() -> None:
+    """Two of four workers leave at the third of eight steps."""
+    events = [{"kind": "leave", "step": 3, "worker": w} for w in (1, 2)]
+    leaving = DilocoStrategy(4, 2, cluster=Cluster(1.0, 1.0, 1.0, availability=Availability(events)))
+    fit(leaving, max_steps=8)
+    assert leaving._started.worker_steps == 2 * 4 + 6 * 2
+    together = DilocoStrategy(4, 2)
+    fit(together, max_steps=8)
+    assert together._started.worker_steps == 8 * 4
+
+
+def test_cores_that_are_left_over_are_mentioned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def about_cores(workers: int, cores: int, **arguments: Any) -> list[str]:
+        monkeypatch.setattr(summary, "usable_cores", lambda: cores)
+        lines = fit(DilocoStrategy(workers, diloco_interval=2), max_steps=2, **arguments)
+        return [line for line in lines if "cores" in line]
+
+    assert about_cores(6, 4) == [
+        "DiLoCo: one process here, and 4 cores: with `Trainer(devices=3)` a step takes about 1/3 of the time of one"
+        " process with one thread; starting them takes some seconds."
+    ]
+    assert "devices=2" in about_cores(2, 8)[0]
+    assert about_cores(3, 2) == about_cores(6, 1) == []
 
 
 # -------------------------------------------------------------------------------------------- how long
@@ -281,11 +318,11 @@ def test_each_line_comes_once_with_two_callbacks_and_in_the_next_fit_again() -> 
 
 def test_the_numbers_of_a_run_do_not_depend_on_its_lines() -> None:
     results = []
-    for summary in (True, False):
+    for spoken in (True, False):
         torch.manual_seed(1)
         module = Net(dropout=0.5)
         with said():
-            trainer(DilocoStrategy(2, 4), max_steps=9, callbacks=DilocoCallback(summary=summary)).fit(module, loader())
+            trainer(DilocoStrategy(2, 4), max_steps=9, callbacks=DilocoCallback(summary=spoken)).fit(module, loader())
         results.append(copy_of(module.state_dict()))
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name])

@@ -180,6 +180,7 @@ class Engine:
             in_turn=lambda: self.current_worker is not None,
         )
         self.progress = BatchProgress()
+        self.worker_steps = 0  # of all workers together, since this engine began
         self.stopwatch = Stopwatch(lambda: self.world.waiting.seconds)
         self.seen = Seen(self.local_workers)
         self._membership = Membership(self.context, algorithm)
@@ -269,22 +270,29 @@ class Engine:
         except BaseException:
             self.progress.in_outer_step = self.context.sender.writing  # else nothing was written yet
             self.context.local_steps -= 1
-            if self._inner.own_steps is not None:
-                self._inner.own_steps.take_back(counts)
+            self._take_back(counts)
             raise
         self.progress.moved_late = False
         self.progress.forget()
         return reports
 
-    def _count_own_steps(self) -> list[int]:
+    def _count_own_steps(self) -> tuple[int, list[int]]:
         """Returns the counts from before."""
-        own = self._inner.own_steps
+        own, before = self._inner.own_steps, self.worker_steps
         if own is None:
-            return []
+            self.worker_steps += len(self.context.workers)
+            return before, []
         self._inner.adopt_outside_changes()  # from before the step, where no turn has: all of the workers may be absent
-        before, active = list(own.counts), self.algorithm.active(self.local_steps)
-        own.stepped([w for w in self.context.workers if w in active])
-        return before
+        counts, active = list(own.counts), self.algorithm.active(self.local_steps)
+        stepped = [w for w in self.context.workers if w in active]
+        own.stepped(stepped)
+        self.worker_steps += len(stepped)
+        return before, counts
+
+    def _take_back(self, counts: tuple[int, list[int]]) -> None:
+        self.worker_steps, own_counts = counts
+        if self._inner.own_steps is not None:
+            self._inner.own_steps.take_back(own_counts)
 
     def _agreed_step(self) -> bool:
         """Whether an optimizer of any worker has stepped in this batch. A process may host no active worker."""

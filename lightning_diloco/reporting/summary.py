@@ -4,7 +4,9 @@ Owns the words and the estimates. Numbers come from where they are kept: the eng
 decide whether anything is said (``fit.py``). Imports nothing of Lightning.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from time import perf_counter
 
 import torch
 
@@ -36,10 +38,12 @@ class Summary:
         self._outer_state = outer_state(outer_factory)
         self._sent_before = engine.context.ledger.total_bytes
         self._stepped = self._ended = False
+        self._begun = perf_counter()
         self._per_round = self._known_bytes()
         self._says_bytes = engine.num_workers > 1 and not engine.algorithm.chooses_workers
-        for line in (self._who(), self._how_long(), self._which_weights()):
-            self._say(line)
+        for line in (self._who(), self._how_long(), self._which_weights(), self._further_processes()):
+            if line:
+                self._say(line)
 
     def after_step(self) -> None:
         """After every local step, and once more after the last synchronisation."""
@@ -62,7 +66,9 @@ class Summary:
         times = self._engine.stopwatch.times
         parts = {"inner steps": times.inner, "outer steps": times.outer}
         parts |= {"evaluation": times.evaluation, "waiting for other processes": times.waiting}
-        self._say("DiLoCo: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()) + ".")
+        training = perf_counter() - self._begun - times.evaluation
+        rate = f"{self._engine.worker_steps / training:.3g} worker-steps per second"
+        self._say("DiLoCo: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()) + f"; {rate}.")
 
     # ---------------------------------------------------------------------------------------- lines
 
@@ -102,6 +108,17 @@ class Summary:
     def _which_weights(self) -> str:
         choice = self._engine.policies.eval_weights
         return f'DiLoCo: validation and checkpoints see {_WEIGHTS[choice]} (eval_weights="{choice}").'
+
+    def _further_processes(self) -> str:
+        """What several processes would bring, where cores are left over."""
+        engine, cores = self._engine, usable_cores()
+        processes = max((k for k in range(1, cores + 1) if engine.num_workers % k == 0), default=1)
+        if engine.world.size > 1 or engine.world.device.type != "cpu" or processes == 1:
+            return ""
+        return (
+            f"DiLoCo: one process here, and {cores} cores: with `Trainer(devices={processes})` a step takes about"
+            f" 1/{processes} of the time of one process with one thread; starting them takes some seconds."
+        )
 
     def _how_large(self) -> str:
         report, world = self._with_outer_state(), self._engine.world
@@ -163,6 +180,11 @@ def _on_the_cluster(clock: Clock) -> str:
     parallel = clock.data_parallel
     of_parallel = 100 * (parallel.compute_utilisation or 0.0)
     return f"{line}; data parallelism would have taken {parallel.seconds:,.6g} s, {of_parallel:.3g} %."
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def outer_state(factory: OuterFactory) -> tuple[float, int]:

@@ -50,7 +50,7 @@ def measure(workers: int, interval: int, steps: int, options: tuple[str, ...]) -
     class OuterPeak(L.Callback):
         """The peak from the last worker's step on, whose activations are gone by then."""
 
-        def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == steps - 1 and trainer.strategy.current_worker == workers - 1:
                 forget_peak()
 
