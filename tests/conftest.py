@@ -1,7 +1,9 @@
 """One thread for everything: two on a loaded machine stall tens of times slower, and results must not depend on it."""
 
+import gc
 import logging
 import os
+from functools import cache
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -9,6 +11,22 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # until the tests are imported: half a million objects that stay
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Under pytest-xdist a process runs neighbouring tests: what one has cached serves the next."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    from lightning.fabric.utilities import registry  # not above: its loggers are to find pytest's handlers
+
+    registry.entry_points = cache(registry.entry_points)  # every Trainer reads the metadata of all installed packages
+    gc.freeze()  # so that no collection visits what was imported
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,7 +48,7 @@ def _isolated(tmp_path, monkeypatch):
         logging.getLogger(name).setLevel(logging.INFO)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.delenv(name, raising=False)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed queues a traceback per kind of accelerator, too
     before = dict(os.environ)
     yield
     torch.set_default_dtype(torch.float32)

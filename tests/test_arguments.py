@@ -10,7 +10,7 @@ import lightning as L
 import numpy
 import pytest
 import torch
-from helpers import Net, WithSlowLayer, copy_of, loader, regression_data, trainer
+from helpers import Net, WithSlowLayer, copy_of, loader, regression_data, slow_but, trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
@@ -97,7 +97,7 @@ LIVE: dict[str, list[dict[str, Any]]] = {  # settings of one argument, all of wh
 
 
 @pytest.mark.filterwarnings("ignore:Worker 1 is left out")
-@pytest.mark.parametrize("argument", LIVE)
+@pytest.mark.parametrize("argument", slow_but(["num_nodes", "final_sync", "partition"], LIVE))
 def test_every_setting_of_an_argument_has_its_own_effect(argument: str) -> None:
     outcomes = [repr(outcome(**setting)) for setting in LIVE[argument]]
     assert len(set(outcomes)) == len(outcomes)

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import pickle
 import runpy
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import assert_same, regression_data
-from processes import in_a_process
+from processes import in_a_process, script
 
 from lightning_diloco import DilocoStrategy
 
@@ -250,8 +249,7 @@ def test_further_processes_have_the_alias_before_they_import_the_project(method:
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = [str(ROOT), str(ROOT / "tests"), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "script.py", method]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = script("script.py", method, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "base of the module: lightning.pytorch.core.module" in done.stdout
     assert [file.name for file in (tmp_path / "files").iterdir()] == ["epoch=1-step=24.ckpt"]

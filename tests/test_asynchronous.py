@@ -236,7 +236,8 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but({"odd"}, RESUMED))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_resumes_at_any_step(name: str, tmp_path: Path) -> None:
     settings, steps = RESUMED[name], range(1, STEPS + 1)
     whole = train(tmp_path, callbacks=[Save(steps, tmp_path)], **settings)
@@ -405,7 +406,7 @@ def reads(make: Callable[[], Any], options: dict[str, Any], epochs: int, ckpt: A
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-@pytest.mark.parametrize("name", slow_but({"shuffled", "a stream", "in a dict"}, LOADERS))
+@pytest.mark.parametrize("name", slow_but({"in a dict"}, LOADERS))
 def test_a_worker_reads_in_its_kth_step_what_it_would_read_among_equals(name: str, tmp_path: Path) -> None:
     """No batch is lost, none comes twice, also from epoch to epoch of its own, and resumed in between."""
     make, options = LOADERS[name]
@@ -871,6 +872,7 @@ def test_the_clock_draws_the_jitter_of_a_workers_own_steps() -> None:
         assert worker.computing == pytest.approx(last[w].ticks / 10**15, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_worker_that_joins_starts_from_theta_with_a_whole_budget(tmp_path: Path) -> None:
     events = [{"kind": "leave", "step": 3, "worker": 1}, {"kind": "join", "step": 8, "worker": 1}]
     described = cluster(EQUAL, availability=Availability(events))
@@ -1019,6 +1021,7 @@ def test_data_that_cannot_be_read_at_ones_own_pace_are_refused() -> None:
         fit({"a": loader(), "b": loader()})
 
 
+@pytest.mark.slow
 def test_a_file_is_resumed_with_the_same_workers_and_speeds(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"algorithm": DelayedNesterov(), "cluster": cluster(FAST)}
     train(tmp_path, callbacks=[Save([6], tmp_path)], **settings)

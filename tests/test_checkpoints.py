@@ -136,7 +136,7 @@ def run(setting: dict[str, Any], callbacks: list[Any], ckpt_path: Any = None, se
     return everything(t, module, draws), module.journal, draws.draws
 
 
-@pytest.mark.parametrize("name", slow_but({"default", "accumulate", "validation"}, SETTINGS))
+@pytest.mark.parametrize("name", slow_but({"validation"}, SETTINGS))
 def test_interrupted_is_uninterrupted(name: str) -> None:
     setting = SETTINGS[name]
     hook = "on_validation_end" if name == "validation" else "on_train_batch_end"
@@ -238,7 +238,7 @@ DATA = {
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("name", slow_but({"stream", "weighted"}, DATA))
+@pytest.mark.parametrize("name", slow_but({"weighted"}, DATA))
 def test_every_kind_of_loader_goes_on_where_it_was(name: str) -> None:
     undisturbed, journal, _ = run(DATA[name], [])
     run(DATA[name], [Save("on_train_batch_end", {2, 3, 7, 9})])
@@ -265,6 +265,7 @@ def test_the_boundary_between_epochs(limit: dict[str, int], hook: str) -> None:
         assert_equal(resumed, undisturbed)
 
 
+@pytest.mark.slow
 def test_one_worker_keeps_the_outer_state_and_is_else_as_exact_as_lightning() -> None:
     """Lookahead with momentum, not shuffled (N = 1 leaves the user's loader alone), at ends of epochs."""
     setting = {
@@ -531,6 +532,7 @@ class Evaluated(Project):
         self.log("test_loss", self.loss(batch))
 
 
+@pytest.mark.slow
 def test_arguments_that_mean_the_same_resume() -> None:
     """Defaults that are named, numbers of other types, another object, and schedules that changed the live values."""
 
@@ -557,6 +559,7 @@ def test_arguments_that_mean_the_same_resume() -> None:
             assert_equal(resumed, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_ways_on_that_the_error_names() -> None:
     run({}, [Save("on_train_batch_end", {7})])
 
@@ -776,6 +779,7 @@ def test_workers_equal_to_theta_are_left_out() -> None:
     assert isinstance(apart["outer"]["parameters"], dict)
 
 
+@pytest.mark.slow
 def test_asynchronous_writing_snapshots_the_state() -> None:
     from lightning.pytorch.plugins import AsyncCheckpointIO
 
@@ -786,6 +790,7 @@ def test_asynchronous_writing_snapshots_the_state() -> None:
         assert_equal(resumed, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_bytes_that_callbacks_log_go_on_counting() -> None:
     whole = Memory()
     run({}, [], logger=whole)

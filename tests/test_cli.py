@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning_utilities.core.imports import RequirementCache
+from processes import script
 
 import lightning_diloco.__main__ as command_line
 from lightning_diloco import Availability, Cluster, Diloco, DilocoStrategy
@@ -148,6 +148,7 @@ def halves(dataset: Any, num_workers: int) -> list[list[int]]:
     return [list(range(w, len(dataset), num_workers)) for w in range(num_workers)]
 
 
+@pytest.mark.slow
 def test_the_guides_cluster_and_availability_in_yaml(tmp_path: Path) -> None:
     """Parsed and run: a worker is away from step 8 to 16, so that two of six rings have four hops in place of six."""
     guide = (ROOT / "examples" / "guides" / "clock.md").read_text()
@@ -244,13 +245,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     command = "python -m lightning_diloco fit --config examples/configs/digits.yaml"
     assert command in (ROOT / "README.md").read_text()
-    run = [
-        sys.executable,
-        *command.split()[1:],
-        *QUIET,
-        "--trainer.max_steps=3",
-        f"--trainer.default_root_dir={tmp_path}",
-    ]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    more = [*QUIET, "--trainer.max_steps=3", f"--trainer.default_root_dir={tmp_path}"]
+    done = script(*command.split()[1:], *more, folder=ROOT, out=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "`max_steps=3` reached" in done.stdout + done.stderr

@@ -97,7 +97,7 @@ def check_statistics(parts: Sequence[Any], rows: Mapping[str, list[Tensor]], mea
 
 
 @pytest.mark.parametrize("held_back", [False, True], ids=["all decoded", "one by one"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.bfloat16, torch.float32, torch.float64]), ids=str)
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_in_one_process(codec: Codec, dtype: torch.dtype, held_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_diloco.comm.channel._HELD", -0.3 if held_back else 100.0)

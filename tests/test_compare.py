@@ -20,6 +20,7 @@ import torch
 from comparisons import RUNS, TRAINER, Data, Drawn, Dying, Failing, Witness, data, quiet
 from helpers import assert_same, differs, trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from processes import script, start_script
 
 from lightning_diloco import Cluster, DataParallel, Diloco, DilocoCallback, DilocoStrategy, StreamingDiloco
 from lightning_diloco.comparison import Comparison, Run, comparing, grid
@@ -101,6 +102,7 @@ def test_this_process_is_left_as_it_was() -> None:
     assert "PL_GLOBAL_SEED" not in os.environ
 
 
+@pytest.mark.slow
 def test_all_runs_start_alike_and_read_alike() -> None:
     Witness.seen.clear()
     quiet(Witness, seeds=2)
@@ -132,6 +134,7 @@ def test_nothing_is_shared_between_runs() -> None:
     assert stopping.wait_count == 0
 
 
+@pytest.mark.slow
 def test_datamodules_and_arguments_of_a_run() -> None:
     runs = {
         "as it is": Run(DILOCO),
@@ -174,6 +177,7 @@ def simulated(frame: pd.DataFrame, run: str) -> list[float]:
     return frame[frame["run"] == run]["simulated_seconds"].tolist()
 
 
+@pytest.mark.slow
 def test_simulated_seconds_are_those_of_plain_arithmetic() -> None:
     """T · steps + transfers · seconds of a ring, at steps 5, 10 and, after the flush, 14; synchronous, so exactly."""
     own = Cluster(step_seconds=1.0, bandwidth_gbit_s=0.01, latency_ms=2)
@@ -282,11 +286,6 @@ if __name__ == "__main__":
 """
 
 
-def script(processes: int, **options: Any) -> subprocess.Popen:
-    Path("script.py").write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, "script.py", str(processes)], text=True, **options)
-
-
 def finished() -> set[str]:
     return {path.name for path in Path("comparison/runs").glob("*.json")}
 
@@ -302,11 +301,12 @@ def test_a_comparison_killed_twice_is_that_of_one_never_killed() -> None:
     assert first.returncode == -signal.SIGKILL
     assert finished() == {"one worker, seed 0.json", "two, seed 0.json"}
 
-    second = script(1)  # between two runs, or early in one
+    Path("script.py").write_text(SCRIPT)
+    second = start_script("script.py", "1")  # killed between two runs, or early in one
     while len(finished()) < 4:
         time.sleep(0.01)
     second.kill()
-    second.wait()
+    second.join()
     assert 4 <= len(finished()) < 6
     written = {name: (Path("comparison/runs") / name).stat().st_mtime_ns for name in finished()}
 
@@ -348,13 +348,14 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_one_that_started_it(how: signal.Signals) -> None:
     Path("script.py").write_text(SLOW)
-    started = subprocess.Popen([sys.executable, "script.py"], stderr=subprocess.DEVNULL)
+    started = start_script("script.py")
     while len(found := list(Path().glob("process *"))) < 2:
-        assert started.poll() is None
+        assert started.is_alive()
         time.sleep(0.05)
-    started.send_signal(how)
+    os.kill(started.pid, how)
     try:
-        assert started.wait(60) != 0
+        started.join(60)
+        assert started.exitcode
     finally:
         started.kill()
     deadline = time.monotonic() + 20
@@ -369,11 +370,12 @@ def test_no_process_outlives_the_one_that_started_it(how: signal.Signals) -> Non
 def test_a_script_without_the_guard_is_told() -> None:
     code = SCRIPT.replace('if __name__ == "__main__":', "if True:")
     Path("script.py").write_text(code)
-    done = subprocess.run([sys.executable, "script.py", "2"], capture_output=True, text=True, timeout=400)
+    done = script("script.py", "2")
     assert done.returncode == 1
     assert 'must do so under `if __name__ == "__main__":`' in done.stderr
 
 
+@pytest.mark.slow
 def test_finished_runs_are_loaded_and_further_ones_added(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(runs={"a": "plain"}, seeds=[0, 7])
     description = json.loads(Path("comparison/comparison.json").read_text())

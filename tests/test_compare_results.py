@@ -2,9 +2,8 @@
 
 import json
 import math
-import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 from comparisons import Data, Drawn, quiet
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from processes import script
 
 import lightning_diloco.__main__ as command_line
 from lightning_diloco import Cluster, DataParallel, StreamingDiloco
@@ -203,8 +203,9 @@ def run(config: dict[str, Any], *args: str) -> Comparison:
     return comparison
 
 
+@cache
 def by_hand() -> Comparison:
-    """The same in Python."""
+    """The same in Python: the first test that asks trains it."""
     import torch
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
@@ -223,6 +224,7 @@ def by_hand() -> Comparison:
     return quiet(module, data, runs, trainer=trainer, seeds=[4, 5], folder="by hand")
 
 
+@pytest.mark.slow
 def test_yaml_makes_the_same_numbers_table_and_figure(capsys: Any) -> None:
     comparison, expected = run(CONFIG), by_hand()
     frames = [c.data.drop(columns="seconds") for c in (comparison, expected)]
@@ -241,11 +243,13 @@ def test_yaml_makes_the_same_numbers_table_and_figure(capsys: Any) -> None:
     assert written["runs"]["average, H=5"]["strategy"] == str(strategy)
 
 
+@pytest.mark.slow
 def test_numbers_of_the_command_line_are_those_of_yaml() -> None:
     run(CONFIG, "--trainer.max_steps=4", "--trainer.val_check_interval=2")
     run({**CONFIG, "trainer": {**CONFIG["trainer"], "max_steps": 4, "val_check_interval": 2}})  # the same runs
 
 
+@pytest.mark.slow
 def test_a_cluster_in_yaml_is_that_of_all_runs_but_those_with_one_of_their_own() -> None:
     own = {"class_path": "lightning_diloco.cluster.Cluster.low", "init_args": {"step_seconds": 2.0}}
     runs = {
@@ -349,22 +353,9 @@ def test_the_configuration_of_the_examples(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     config = ROOT / "examples" / "configs" / "compare_digits.yaml"
     short = {**yaml.safe_load(config.read_text())["trainer"], "max_steps": 4, "val_check_interval": 2}
-    done = subprocess.run(
-        [
-            *(
-                sys.executable,
-                "-m",
-                "lightning_diloco",
-                "compare",
-                f"--config={config}",
-                f"--folder={tmp_path / 'out'}",
-            ),
-            *(f"--trainer={json.dumps(short)}", "--seeds=1", "--processes=1"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = ["-m", "lightning_diloco", "compare", f"--config={config}", f"--folder={tmp_path / 'out'}"]
+    more = [f"--trainer={json.dumps(short)}", "--seeds=1", "--processes=1"]
+    done = script(*command, *more, folder=ROOT, out=tmp_path)
     assert done.returncode == 0, done.stderr
     names = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:8]]
     assert names == [

@@ -82,6 +82,7 @@ def oracle_of(run: Run) -> Oracle:
     return twin
 
 
+@pytest.mark.slow
 def test_the_composition_agrees_with_the_one_oracle(tmp_path: Path) -> None:
     run = composed(tmp_path)
     assert_agrees(run, oracle_of(run))
@@ -115,6 +116,7 @@ def test_a_run_resumes_at_every_step(step: int, tmp_path: Path) -> None:
     assert resumed.steps[0] == STEPS
 
 
+@pytest.mark.slow
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     assert_same_run(composed(tmp_path, callbacks=[Save(range(1, STEPS), tmp_path)]), composed(tmp_path))
 
@@ -241,6 +243,7 @@ def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own use of it
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_command_line")
 @pytest.mark.parametrize("name", slow_but({"composition"}, NAMED))
 def test_yaml_gives_the_same_run_as_python(name: str, tmp_path: Path) -> None:

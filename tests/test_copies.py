@@ -9,7 +9,7 @@ import cloudpickle
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, slow_but, trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -194,7 +194,7 @@ class Rows:
         return iter(loader())
 
 
-@pytest.mark.parametrize("num_nodes", [1, 3])
+@pytest.mark.parametrize("num_nodes", slow_but([3], [1, 3]))
 @pytest.mark.parametrize("make", [loader, lambda: Iterates(regression_data(), 4), Rows])
 def test_a_trainer_can_be_copied_while_batches_are_read(make: Any, num_nodes: int) -> None:
     def run(*callbacks: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import HALF
 from family import INTERVAL, STEPS, TOLERANCE, WORKERS, Breaks, Layers, difference, start, train, unequal
-from helpers import assert_equal
+from helpers import assert_equal, slow_but
 
 from lightning_diloco import Delayed, Diloco, DropOut, Eager, Sparta, Table
 from lightning_diloco.engine.engine import Engine
@@ -34,7 +34,7 @@ def test_eager_workers_agree_in_the_end_under_sgd(tmp_path: Path) -> None:
             assert difference(ours.workers[w], ours.workers[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("make", [Delayed, Eager])
+@pytest.mark.parametrize("make", slow_but([Delayed], [Delayed, Eager]))
 def test_overlapped_rounds_go_on_without_workers_that_are_left_out(make: Any, tmp_path: Path) -> None:
     """A worker that takes no part in step 6 goes on from where it is."""
     ours = train(tmp_path, algorithm=make(), participation=Table({INTERVAL: [0, 1, 3]}))

@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import math
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from processes import script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -130,6 +130,7 @@ def test_the_strategy_is_one_line(name):
     assert made.lineno == made.end_lineno
 
 
+@pytest.mark.slow
 def test_byte_gpt_holds_out_text_it_never_trains_on():
     byte_gpt = load("byte_gpt")
     _, data = byte_gpt.build(byte_gpt.parse(["--megabytes", "0.05", "--context", "16"]))
@@ -214,8 +215,7 @@ def test_losses_are_drawn_with_the_seed_of_a_run(cluster_example: ModuleType) ->
 @pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="bytes are counted where Linux counts them")
 def test_traffic_matches_the_closed_form_and_is_an_hth_of_ddps(tmp_path):
-    command = [sys.executable, EXAMPLES / "traffic.py", "--steps", "40", "--interval", "10"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=200)
+    done = script(str(EXAMPLES / "traffic.py"), "--steps", "40", "--interval", "10", folder=tmp_path)
     assert done.returncode in (0, -signal.SIGABRT), done.stderr  # gloo's threads may abort it after its work
     rows = [line.split() for line in done.stdout.replace(",", "").splitlines()[1:4]]
     for row, transfers, agreements in zip(rows, (40, 4, 4), (0.01, 0.02, 0.2), strict=True):

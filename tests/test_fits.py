@@ -22,6 +22,7 @@ class Everything(Net):
         return self(batch[0])
 
 
+@pytest.mark.slow
 def test_validate_test_and_predict_before_between_and_after_fits_see_the_module() -> None:
     strategy, module = DilocoStrategy(num_nodes=3, diloco_interval=4), Everything()
     t, data = trainer(strategy, max_steps=6), loader(shuffle=False)
@@ -56,6 +57,7 @@ def test_validate_test_and_predict_before_between_and_after_fits_see_the_module(
     assert all(type(x).__module__.startswith("lightning.pytorch") for x in loops)
 
 
+@pytest.mark.slow
 def test_the_lr_finder_finds_what_it_finds_for_one_worker_and_its_trial_does_not_count() -> None:
     class Tuned(Net):
         lr = 1e-3
@@ -192,6 +194,7 @@ def test_memory_report_adds_up() -> None:
     assert report["total"] == 3 * per_worker + sum(report[k] for k in ("outer_model", "outer_state", "module"))
 
 
+@pytest.mark.slow
 def test_the_outer_step_shows_up_in_profiles_by_name(tmp_path: Path) -> None:
     name = "[Strategy]DilocoStrategy.outer_step"
     simple = SimpleProfiler()

@@ -12,6 +12,7 @@ from helpers import assert_equal, regression_data
 from lightning_diloco import GPA
 
 
+@pytest.mark.slow
 def test_averaging_as_fast_as_the_gradient_point_is_nesterov_every_step(tmp_path: Path) -> None:
     """μ_x = μ_y = μ: where gradients are taken moves as DiLoCo's single worker with H = 1, lr 1 − μ and momentum μ."""
     for inner in ("sgd", "adamw"):

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from family import TOLERANCE, WORKERS, difference, start, train
 from helpers import assert_equal
 
 from lightning_diloco import Hierarchical, PeriodicAveraging
 
 
+@pytest.mark.slow
 def test_a_group_of_one_is_diloco_and_of_all_periodic_averaging(tmp_path: Path) -> None:
     alone = train(tmp_path, algorithm=Hierarchical(2, WORKERS))
     plain = train(tmp_path)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(was called without a model|is
 
 @pytest.mark.parametrize("error", slow_but([ArithmeticError], [ArithmeticError, KeyboardInterrupt]))
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "training_step", "on_before_optimizer_step"])
-@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("worker", slow_but([1], [0, 1, 2]))
 @pytest.mark.parametrize("batch", slow_but([3], [3, 6]))
 def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(
     worker: int, hook: str, batch: int, error: Any
@@ -47,7 +47,7 @@ def test_a_run_that_resumes_from_a_torn_step_finishes_it_for_the_others(
     assert seen == list(range(batch + 1, 17))
 
 
-@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("worker", slow_but([1], [0, 1, 2]))
 def test_a_worker_that_fails_after_its_step_has_taken_it(worker: int) -> None:
     undisturbed, _, _ = run(Ill(None))
     with pytest.warns(UserWarning, match="Local step 7 was interrupted"), pytest.raises(ArithmeticError):
@@ -122,7 +122,7 @@ def accumulated(module: Any, ckpt: Any = None) -> Any:
     return strategy, t.global_step
 
 
-@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("worker", slow_but([1], [0, 1, 2]))
 @pytest.mark.parametrize("batch", [4, 5, 6, 7])
 def test_a_torn_micro_batch_is_finished_too(worker: int, batch: int) -> None:
     undisturbed = accumulated(Accumulates(None, 0))

@@ -83,16 +83,18 @@ def run(how: str, rng: random.Random) -> bool:
     return child.exitcode == 0
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(tmp_path_factory.mktemp("undisturbed"))
+        assert run("", random.Random(7))
+        return torch.load("result.pt", weights_only=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "exception"])
-def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "undisturbed").mkdir()
-    (tmp_path / "killed").mkdir()
-    monkeypatch.chdir(tmp_path / "undisturbed")
+def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, undisturbed: Any) -> None:
     rng = random.Random(7)
-    assert run("", rng)
-    expected = torch.load("result.pt", weights_only=True)
-    monkeypatch.chdir(tmp_path / "killed")
     steps = [0]
     for _ in range(KILLS):
         run(how, rng)
@@ -102,8 +104,8 @@ def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, tmp_pa
     assert len(set(steps)) > 3
     assert run("", rng)
     result = torch.load("result.pt", weights_only=True)
-    assert repr(result["steps"]) == repr(expected["steps"]) == "[150, 38]"
-    assert_equal(result, expected)
+    assert repr(result["steps"]) == repr(undisturbed["steps"]) == "[150, 38]"
+    assert_equal(result, undisturbed)
     assert sorted(p.name for p in Path().iterdir()) == ["last.ckpt", "result.pt"], "no leftovers of kills"
 
 

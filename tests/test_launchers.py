@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from processes import free_port
+from processes import free_port, script, start_script
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -77,27 +78,29 @@ if __name__ == "__main__":
 """
 
 
-def command(folder: Path, *args: str) -> list[str]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    return [sys.executable, str(script), *args]
-
-
 def clean_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def call(folder: Path, *args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def begin(folder: Path, *arguments: str) -> Any:
+    (folder / "script.py").write_text(SCRIPT)
+    return start_script("script.py", *arguments, folder=folder, environment=clean_environment())
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
     for _ in range(3):  # gloo's threads may abort a process at the very end, in plain torch too (1 in 70 pairs)
-        done = subprocess.run(
-            command(folder, *args),
-            cwd=folder,
-            env=clean_environment(),
-            text=True,
-            capture_output=True,
-            timeout=120,
-            **kwargs,
-        )
+        if arguments == ("notebook",):  # Lightning recognises one when it is imported
+            done = subprocess.run(
+                [sys.executable, "script.py", *arguments],
+                cwd=folder,
+                env=clean_environment(),
+                text=True,
+                capture_output=True,
+                timeout=120,
+            )
+        else:
+            done = script("script.py", *arguments, folder=folder, environment=clean_environment())
         if done.returncode != -signal.SIGABRT:
             break
     return done
@@ -132,22 +135,23 @@ def pids(folder: Path, limit: float = 60) -> list[psutil.Process]:
 @pytest.mark.parametrize(("method", "victim"), [("popen", 0), ("popen", 1), ("fork", None)])
 def test_none_stays_behind_when_one_is_killed(method: str, victim: int | None, tmp_path: Path) -> None:
     """In mid-round; None: the process that started the others and trains nothing itself."""
-    parent = subprocess.Popen(command(tmp_path, method, "slow"), cwd=tmp_path, env=clean_environment())
+    parent = begin(tmp_path, method, "slow")
     processes = pids(tmp_path)
     os.kill(parent.pid if victim is None else processes[victim].pid, signal.SIGKILL)
-    assert parent.wait(20) != 0
+    parent.join(20)
+    assert parent.exitcode
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
 
 
 def test_a_process_that_was_told_to_stop_ends_with_its_parent(tmp_path: Path) -> None:
     """SIGTERM, and SIGKILL a moment later, as container engines do; the next synchronisation is far away."""
-    parent = subprocess.Popen(command(tmp_path, "popen", "slow"), cwd=tmp_path, env=clean_environment())
+    parent = begin(tmp_path, "popen", "slow")
     processes = pids(tmp_path)
     os.kill(parent.pid, signal.SIGTERM)
     time.sleep(1)
     os.kill(parent.pid, signal.SIGKILL)
-    parent.wait(20)
+    parent.join(20)
     _, alive = psutil.wait_procs(processes, timeout=3)
     for process in alive:
         process.kill()
@@ -190,25 +194,31 @@ def test_the_commands_from_laptop_to_cluster(tmp_path: Path) -> None:
     tiny += f" --accelerator cpu --logdir {tmp_path}"
     cluster = cluster.replace("29500", str(free_port()))
 
-    def begin(line: str, **variables: str) -> subprocess.Popen[str]:
+    def on(machine: int) -> subprocess.Popen[str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**clean_environment(), "PATH": path, **variables}
+        variables = {"PATH": path, "NODE": str(machine), "FIRST": "127.0.0.1"}
         return subprocess.Popen(
-            ["bash", "-c", line + tiny], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            ["bash", "-c", cluster + tiny], cwd=ROOT, env={**clean_environment(), **variables}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def results(process: subprocess.Popen[str]) -> dict[str, float]:
-        output, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-        rows = re.findall(r"^(\w+) +([\d.,]+)$", output, re.MULTILINE)
+    def here(line: str) -> dict[str, float]:
+        python, *arguments = shlex.split(line + tiny)
+        assert python == "python"
+        return results(script(*arguments, folder=ROOT, out=tmp_path, environment=clean_environment()))
+
+    def results(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
+        assert done.returncode == 0, done.stderr
+        rows = re.findall(r"^(\w+) +([\d.,]+)$", done.stdout, re.MULTILINE)
         return {name: float(value.replace(",", "")) for name, value in rows if name != "seconds"}
 
-    machines = [begin(cluster, NODE=str(rank), FIRST="127.0.0.1") for rank in range(2)]
-    first, second = map(results, machines)
+    machines = [on(machine) for machine in range(2)]
+    said = [machine.communicate(timeout=200) for machine in machines]
+    ended = [subprocess.CompletedProcess(m.args, m.returncode, *s) for m, s in zip(machines, said, strict=True)]
+    first, second = map(results, ended)
     assert second == {}
     assert first.keys() == {"parameters", "val_loss", "bits_per_byte", "bytes_sent_per_worker"}
     assert first["val_loss"] < 5.0  # ln 256 = 5.55 at the start
-    one = results(begin(laptop))
-    for several in (results(begin(devices)), first):
+    one = here(laptop)
+    for several in (here(devices), first):
         assert several == pytest.approx(one, rel=1e-3)  # the sampler of the evaluation repeats a window

@@ -41,6 +41,7 @@ def test_one_pool_of_processes_serves_all_workers(persistent):
     assert os.getpid() not in pids
 
 
+@pytest.mark.slow
 def test_the_processes_seeds_come_from_seed_and_epoch_alone():
     def run(seed: int, state: int = 0, workers: int = N) -> list[set[int]]:
         os.environ["PL_GLOBAL_SEED"] = str(seed)
@@ -60,6 +61,7 @@ class Noise(Numbers):
         return [index, random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
 
 
+@pytest.mark.slow
 def test_seed_workers_makes_all_randomness_in_datasets_reproducible():
     runs = []
     for seed in (41, 41, 42):

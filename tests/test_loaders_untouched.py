@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import trainer
+from helpers import slow_but, trainer
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.utilities import CombinedLoader
 from loaders import (
@@ -34,7 +34,9 @@ class MyLoader(DataLoader):
 
 
 @pytest.mark.parametrize("kind", [DataLoader, MyLoader])
-@pytest.mark.parametrize("kwargs", [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+@pytest.mark.parametrize(
+    "kwargs", slow_but([{}], [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
+)
 @pytest.mark.parametrize("partition", [None, thirds])
 def test_the_users_loader_is_left_as_it_was(kind, kwargs, partition):
     generator = torch.Generator().manual_seed(12)
@@ -116,6 +118,7 @@ def test_validation_loaders_are_untouched(sanity_steps):
     assert len(model.seen) == 2 * N
 
 
+@pytest.mark.slow
 def test_the_batch_size_finder_finds_validation_loaders_untouched():
     """It sets validation loaders up while ``trainer.training`` is True."""
 

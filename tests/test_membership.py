@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from family import EPOCHS, INNER, INTERVAL, SEED, STEPS, Layers, Save, assert_same_run, several, train
-from helpers import Net, assert_equal, differs, loader, regression_data, trainer
+from helpers import Net, assert_equal, differs, loader, regression_data, slow_but, trainer
 from reference import shards
 from torch import nn
 
@@ -192,7 +192,7 @@ def assert_agrees(run: Any, expected: Elastic) -> None:
         torch.testing.assert_close(run.theta[name], value, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("joiner", ["fresh", "donor", "own"])
+@pytest.mark.parametrize("joiner", slow_but(["fresh"], ["fresh", "donor", "own"]))
 @pytest.mark.parametrize("events", EVENTS.values(), ids=EVENTS)
 def test_workers_come_and_go_as_in_the_oracle(events: Any, joiner: str, tmp_path: Path) -> None:
     options = {"keep_state": True} if joiner == "own" else {"joiner": joiner}
@@ -249,7 +249,7 @@ def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
         assert_same_run(of_two, train(tmp_path, **of_settings), measured=1e-9)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_but(["drawn"], SETTINGS))
 def test_resumed_in_any_step(name: str, tmp_path: Path) -> None:
     settings = {"make": adamw, **SETTINGS[name]}
     whole = train(tmp_path, callbacks=[Save(range(1, STEPS), tmp_path)], **settings)

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import Net, assert_same, copy_of, differs, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, differs, loader, regression_data, slow_but, trainer
 from lightning.pytorch.demos import boring_classes
 from lightning.pytorch.demos.transformer import Transformer
 from torch import nn
@@ -139,7 +139,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("make", MODULES)
+@pytest.mark.parametrize("make", slow_but(MODULES[:3], MODULES))
 def test_every_replica_is_its_own_run_and_one_worker_the_plain_run(make: Any) -> None:
     data = regression_data(36)
     L.seed_everything(SEED, verbose=False)
@@ -210,6 +210,7 @@ def test_lightnings_boring_models(make: Any) -> None:
     assert strategy.local_steps == 22  # 64 samples in batches of one, dealt to three
 
 
+@pytest.mark.slow
 def test_lightnings_demo_transformer_learns() -> None:
     class Sequences(L.LightningModule):
         """The demo's transformer, told to repeat its input."""

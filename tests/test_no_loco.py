@@ -11,6 +11,7 @@ from helpers import assert_equal
 from lightning_diloco import FP4, DropOut, NoLoCo, Table
 
 
+@pytest.mark.slow
 def test_gossip_among_all_is_diloco_with_a_heavy_ball(tmp_path: Path) -> None:
     """As long as all φ are equal, which they then stay: the pull is 0."""
     ours = train(tmp_path, algorithm=NoLoCo(0.6, 0.8, 0.7, group=WORKERS))

@@ -95,7 +95,7 @@ def control(optimizer: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(["AdamWScheduleFree", "Prodigy", "Muon"], OPTIMIZERS))
 def test_every_replica_is_its_own_run(name: str) -> None:
     data = regression_data(40)
     L.seed_everything(SEED, verbose=False)

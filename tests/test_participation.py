@@ -114,6 +114,7 @@ def test_where_all_are_left_out_nothing_is_sent(participation: Participation, tm
     assert ours.steps == (12, 0)
 
 
+@pytest.mark.slow
 def test_nobody_left_out_is_everybody_bit_for_bit(tmp_path: Path) -> None:
     """Drawing for it touches no other random number, either: the module has Dropout, and the data are shuffled."""
     settings: dict[str, Any] = {
@@ -176,6 +177,7 @@ def test_a_draw_is_the_generators(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_run_draws_by_its_seed(tmp_path: Path) -> None:
     first, again, other = (often(tmp_path, steps=24, seed=seed) for seed in (5, 5, 6))
     assert_same_run(first, again)
@@ -196,6 +198,7 @@ def test_fragments_that_are_sent_together_draw_for_themselves(tmp_path: Path) ->
     assert any(len({*row}) > 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_draws_go_on_after_a_resume(tmp_path: Path) -> None:
     whole = often(tmp_path, steps=16, callbacks=[Save([5, 6], tmp_path)])
     for step in (5, 6):

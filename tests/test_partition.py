@@ -67,6 +67,7 @@ def test_partition_shuffles_each_list_per_epoch_if_the_loader_shuffles():
     assert all(orders[epoch, 2] != parts[2] for epoch in range(3))
 
 
+@pytest.mark.slow
 def test_partitions_orders_come_from_seed_epoch_and_worker_alone():
     def same(dataset: Any, workers: int) -> list[range]:
         return [range(20)] * workers

@@ -3,6 +3,7 @@
 "N=1, outer SGD lr 1, no momentum ≡ plain `Trainer` (bit for bit, any dtype, because 'assign the mean')."
 """
 
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,17 @@ def run(name: str, strategy: Any, watch: Any = None, **overrides: Any) -> tuple[
     return t, module
 
 
+@functools.cache
+def plain_run(name: str) -> tuple[Any, Any, Watch]:
+    watch = Watch()
+    return *run(name, "auto", watch), watch
+
+
 @pytest.mark.parametrize("interval", slow_but([3], [1, 3]))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["plain", "accumulate", "16-mixed", "max_steps", "manual"], CASES))
 def test_one_worker_with_a_plain_average_is_the_plain_run(name: str, interval: int) -> None:
-    plain_watch, watch = Watch(), Watch()
-    plain, expected = run(name, "auto", plain_watch)
+    plain, expected, plain_watch = plain_run(name)
+    watch = Watch()
     strategy = DilocoStrategy(num_nodes=1, diloco_interval=interval, outer_optimizer_kwargs=PLAIN)
     ours, module = run(name, strategy, watch)
 
@@ -231,6 +238,7 @@ def test_nothing_is_attached_or_logged_and_the_loader_is_the_users() -> None:
     assert all("DilocoCallback" not in names for _, names in seen)
 
 
+@pytest.mark.slow
 def test_one_worker_without_a_sync_in_reach_trains_as_the_plain_run_through_the_swapping_path() -> None:
     """The path of N > 1 (own tensors at rest, replicas in turns), with one worker: the replica is the plain run."""
 

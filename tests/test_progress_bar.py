@@ -122,6 +122,7 @@ def test_switched_off_in_the_plain_run_and_without_rounds() -> None:
         DilocoCallback(progress_bar="yes")
 
 
+@pytest.mark.slow
 def test_the_speed_is_that_of_all_workers_without_validations(monkeypatch: Any) -> None:
     now = [100.0]
     for module in ("reporting.progress", "engine.times"):

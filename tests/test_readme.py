@@ -42,19 +42,24 @@ def run(document: str, tag: str = "") -> int:
     return len(code)
 
 
+SLOW = {"marks": pytest.mark.slow}
+
+
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 @pytest.mark.parametrize(
     ("document", "blocks", "printed"),
     [
         ("README", 2, "'outer_model': 264"),
-        ("algorithms", 5, "step 4: the workers' pseudo-gradients have a mean cosine of"),
+        pytest.param(
+            "algorithms", 5, "step 4: the workers' pseudo-gradients have a mean cosine of", marks=pytest.mark.slow
+        ),
         ("checkpoints", 1, ""),
         ("watching", 1, "['val_loss', 'val_loss/outer', 'val_loss/worker_0']"),
-        ("compare", 1, "| plain average, H=5       |   4 |   5 |     640 |"),
+        pytest.param("compare", 1, "| plain average, H=5       |   4 |   5 |     640 |", **SLOW),
         ("choosing", 1, "     1    300   100    300"),
         ("clock", 6, "5800.0 s"),
         ("cluster", 1, ""),
-        ("simulator", 1, "outer step 4 after 100 local steps: accuracy "),
+        pytest.param("simulator", 1, "outer step 4 after 100 local steps: accuracy ", **SLOW),
         ("tensorboard", 3, "a ring all-reduce sends "),
     ],
 )

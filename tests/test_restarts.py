@@ -2,15 +2,18 @@
 
 import os
 import signal
-import subprocess
-import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from helpers import assert_equal, loader, regression_data, trainer
+from processes import in_a_process
 from projects import Project
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
 
 from lightning_diloco import DilocoStrategy
 
@@ -34,44 +37,39 @@ class Interrupted(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(kills: bool) -> None:
-    """The script that every process runs: it resumes from the last file, if there is one."""
+def train(kills: bool) -> list[Any]:
+    """What every process runs: it resumes from the last file, if there is one."""
     L.seed_everything(5, verbose=False)
     module, strategy = Project(), DilocoStrategy(num_nodes=4, diloco_interval=5)
     t = trainer(strategy, devices=2, max_steps=18, max_epochs=-1, callbacks=[Interrupted(kills)])
     t.fit(module, loader(regression_data(60), 3), ckpt_path="last.ckpt" if Path("last.ckpt").exists() else None)
-    result = {
-        "module": module.state_dict(),
-        "workers": [strategy.worker_state_dict(w) for w in strategy.local_workers],
-        "outer": strategy.outer_optimizer.state_dict(),
-        "steps": [strategy.local_steps, strategy.outer_steps, strategy.ledger.total_bytes],
-    }
-    torch.save(result, f"result{t.global_rank}.pt")
+    return [
+        module.state_dict(),
+        [strategy.worker_state_dict(w) for w in strategy.local_workers],
+        strategy.outer_optimizer.state_dict(),
+        [strategy.local_steps, strategy.outer_steps, strategy.ledger.total_bytes],
+    ]
 
 
-def under_torchrun(folder: Path, kills: bool) -> list[dict]:
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "2", "--monitor-interval", "0.1"]
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run(
-        [*command, __file__, str(int(kills))],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=True,
-        timeout=600,
-    )
-    return [torch.load(folder / f"result{rank}.pt") for rank in range(2)]
+def under_torchrun(kills: bool) -> list[Any]:
+    """The agent of ``torchrun`` with these options; it forks the processes, as a new Python takes long to import."""
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc-per-node", "2"]
+    options += ["--max-restarts", "2", "--monitor-interval", "0.1", __file__]
+    config, _, _ = config_from_args(get_args_parser().parse_args(options))
+    results = elastic_launch(replace(config, start_method="fork", run_id=str(kills)), train)(kills)
+    return [results[rank] for rank in range(2)]
 
 
-def test_killed_processes_are_restarted_and_the_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
-    killed, undisturbed = under_torchrun(tmp_path / "killed", True), under_torchrun(tmp_path / "undisturbed", False)
-    assert (tmp_path / "killed" / "killed 0").exists()
-    assert (tmp_path / "killed" / "killed 1").exists()
-    assert not list((tmp_path / "undisturbed").glob("killed*"))
-    for mine, theirs in zip(killed, undisturbed, strict=True):
-        assert_equal(mine, theirs)
-
-
-if __name__ == "__main__":
-    train(sys.argv[1] == "1")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .* when logging on epoch level in distributed")
+def test_killed_processes_are_restarted_and_the_run_ends_as_if_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for kills in (True, False):
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        results.append(in_a_process(partial(under_torchrun, kills), tmp_path / f"{kills} results"))
+    assert sorted(path.name for path in tmp_path.glob("*/killed*")) == ["killed 0", "killed 1"]
+    assert not list(tmp_path.glob("False/killed*"))
+    assert_equal(*results)

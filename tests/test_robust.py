@@ -219,6 +219,7 @@ def far(run: Run) -> float:
     return difference(run.module, start().state_dict())
 
 
+@pytest.mark.slow
 def test_an_attacker_spoils_the_mean_and_not_the_rules(tmp_path: Path) -> None:
     """Worker 0 of five turns its Δ round, ten times as long: 2 to 1 against the others."""
     settings: dict[str, Any] = {"num_workers": 5, "steps": 3 * INTERVAL}
@@ -353,6 +354,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
             make()
 
 
+@pytest.mark.slow
 def test_beside_a_robust_algorithm_sparta_exchanges_plainly(tmp_path: Path) -> None:
     """Inside or around it; with p = 0 it is the robust run, bit for bit."""
     alone = train(tmp_path, algorithm=robust(TrimmedMean(1), bad=[1]))

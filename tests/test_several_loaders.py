@@ -55,6 +55,7 @@ def test_a_dict_or_a_list_of_loaders(kind):
     assert loaders == before
 
 
+@pytest.mark.slow
 def test_combined_loaders_with_processes():
     L.seed_everything(41, verbose=False)
     others = child_processes()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from event_simulation import EventSimulation
 from family import Layers, Save, assert_same_run, several, train
-from helpers import Net, loader, regression_data, trainer
+from helpers import Net, loader, regression_data, slow_but, trainer
 from said import said
 
 from lightning_diloco import (
@@ -228,6 +228,7 @@ def spent(run: Any) -> Any:
     return last.simulated_seconds, last.compute_utilisation, [r.simulated_seconds for r in run.reports][-2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resumed_in_any_step(name: str, tmp_path: Path) -> None:
     whole = train(tmp_path, callbacks=[Save(range(1, 19), tmp_path)], **SETTINGS[name])
@@ -242,7 +243,7 @@ def test_two_processes_tell_the_same_time(tmp_path: Path) -> None:
         assert spent(two) == spent(train(tmp_path, **settings))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_but(["diloco"], SETTINGS))
 def test_the_clock_changes_no_bit(name: str, tmp_path: Path) -> None:
     without = {key: value for key, value in SETTINGS[name].items() if key != "cluster"}
     assert_same_run(train(tmp_path, **SETTINGS[name]), train(tmp_path, **without))

@@ -278,6 +278,7 @@ def test_eval_loss_hook_and_where_else_results_go() -> None:
     assert len([r for r in rows if r["train_loss"]]) == 10
 
 
+@pytest.mark.slow
 def test_seed() -> None:
     for seed in (0, 1):
         assert_same(weights(trained(seed=seed)), weights(trained(seed=seed)))

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from family import TOLERANCE, difference, train
 
 from lightning_diloco import PeriodicAveraging, SlowMo
 
 
+@pytest.mark.slow
 def test_slow_momentum_is_a_heavy_ball_at_a_constant_rate(tmp_path: Path) -> None:
     ours = train(tmp_path, algorithm=SlowMo(0.6, 0.9))
     ball = train(tmp_path, outer_optimizer_kwargs={"lr": 0.9, "momentum": 0.6})

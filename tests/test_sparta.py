@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_diloco import FP4, Diloco, PeriodicAveraging, Sparta
 
 
+@pytest.mark.slow
 def test_sparta_of_everything_is_the_mean_and_of_nothing_is_nothing(tmp_path: Path) -> None:
     """p = 1, k = 1: averaging in every step; p = 0: independent training. Bit for bit."""
     ours = train(tmp_path, algorithm=Sparta(1.0))

@@ -125,7 +125,7 @@ class Shortened(IterableDataset):
 
 
 @pytest.mark.parametrize("long", slow_but([Iterable], [Iterable, lambda: DataLoader(Numbers(60), 2, shuffle=True)]))
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", slow_but(["iterable"], SHORT))
 def test_shorter_loaders_go_on_after_they_have_begun_again(name, long, tmp_path):
     def both() -> Any:
         return CombinedLoader({"long": long(), "short": SHORT[name]()}, "max_size_cycle")
@@ -140,7 +140,7 @@ def test_shorter_loaders_go_on_after_they_have_begun_again(name, long, tmp_path)
         }
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", slow_but(["sized iterable", "stream", "cuts by itself"], LOADERS))
 def test_it_goes_on_where_it_was(name, tmp_path):
     whole = run(LOADERS[name], folder=tmp_path)
     steps = len(whole[0, 0])

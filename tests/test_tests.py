@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 FILES = sorted(Path(__file__).parent.glob("*.py"))
-STARTS = {"processes": {"run", "start", "in_a_process"}, "subprocess": {"run", "Popen"}}  # by module
+STARTS = {
+    "processes": {"run", "start", "in_a_process", "script", "start_script"},
+    "subprocess": {"run", "Popen"},
+}  # by module
 MARKS = {"pytest.mark.processes", "pytest.mark.third_party"}
 
 

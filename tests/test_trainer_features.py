@@ -301,6 +301,9 @@ def run(feature: Feature, strategy: Any) -> tuple[Any, Any]:
     return t, module
 
 
+QUICK = {"checkpoint every epoch, last", "early stopping", "lr monitor", "EMA", "accumulation scheduler"}
+
+
 @functools.cache
 def plain(name: str) -> tuple[dict[str, torch.Tensor], int]:
     """The plain Trainer's weights and steps: the first test of a row that asks runs it."""
@@ -313,7 +316,7 @@ def plain(name: str) -> tuple[dict[str, torch.Tensor], int]:
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")
 @pytest.mark.filterwarnings("ignore:The `srun` command")
 @pytest.mark.parametrize("run_with", slow_but(["N=1", "N=3"], ["plain", "N=1", "N=3"]))
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", slow_but(QUICK, FEATURES))
 def test_feature(name: str, run_with: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feature = FEATURES[name]
     if run_with == "N=3":

@@ -101,6 +101,7 @@ def fit(sets: Any = SETS, num_workers: int = 2, callbacks: Any = (), model: Any 
     return t, model
 
 
+@pytest.mark.slow
 def test_values_are_those_of_copies_of_the_weights() -> None:
     oracle = Oracle()
     fit(callbacks=[oracle])
@@ -116,6 +117,7 @@ def test_values_are_those_of_copies_of_the_weights() -> None:
         assert found["val_error"] == found["val_error/average"] != found["val_error/worker_0"]
 
 
+@pytest.mark.slow
 def test_keys_in_loggers_and_steps(tmp_path: Path) -> None:
     logged: list[tuple[str, Any, float]] = []
 
@@ -137,6 +139,7 @@ def test_keys_in_loggers_and_steps(tmp_path: Path) -> None:
     assert {key for key in t.progress_bar_metrics if "val" in key} == {"val_loss_step", "val_loss_epoch"}
 
 
+@pytest.mark.slow
 def test_everything_else_is_as_without(tmp_path: Path) -> None:
     runs: list[Any] = []
 
@@ -240,6 +243,7 @@ def test_early_stopping_and_checkpoints_are_called_once_and_see_this_validations
     assert t.global_step < 54
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_resumed_run_logs_the_same(tmp_path: Path) -> None:
     whole, half = Oracle(), Oracle()

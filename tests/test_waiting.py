@@ -3,7 +3,6 @@
 import io
 import logging
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ import pytest
 import torch
 from helpers import Net, assert_same, loader, trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from processes import outcomes, run, start
+from processes import outcomes, run, script, start
 from torch.distributed import HashStore
 
 from lightning_diloco import DilocoCallback, DilocoStrategy
@@ -221,18 +220,12 @@ if __name__ == "__main__":
 """
 
 
-def _script(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    (folder / "script.py").write_text(SCRIPT)
-    return subprocess.run(
-        [sys.executable, "script.py", *args], cwd=folder, capture_output=True, text=True, timeout=400, check=False
-    )
-
-
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["popen", "fork"])
 def test_a_script_with_a_progress_bar(start_method: str, tmp_path: Path) -> None:
-    ended = _script(tmp_path, start_method, "4", "300")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    ended = script("script.py", start_method, "4", "300")
     assert ended.returncode == 0, ended.stderr
     found = re.findall(r"waiting for .*", ended.stdout + ended.stderr)
     found = [line for line in found if "synchronisation" in line]  # processes may start at different times

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, differs, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, differs, loader, regression_data, slow_but, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from observers import Probe
 from torch import nn
@@ -47,7 +47,7 @@ def test_between_steps_the_module_holds_theta_in_its_own_tensors_without_gradien
     assert all(type(p) is nn.Parameter for p in module.parameters())
 
 
-@pytest.mark.parametrize("which", ["average", "outer", "worker"])
+@pytest.mark.parametrize("which", slow_but(["outer"], ["average", "outer", "worker"]))
 def test_validation_and_checkpoints_see_eval_weights(which: str, tmp_path: Any) -> None:
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=5, eval_weights=which)
     seen: list[Any] = []
@@ -95,6 +95,7 @@ def test_validation_and_checkpoints_see_eval_weights(which: str, tmp_path: Any) 
     assert loss == pytest.approx(saved.best_model_score.item(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_is_undisturbed_by_looking_at_weights_and_by_validation() -> None:
     def run(callbacks: list[Any], **kwargs: Any) -> Any:
         L.seed_everything(1, verbose=False)
@@ -294,6 +295,7 @@ def test_load_state_dict_in_a_callback_and_buffers_written_outside() -> None:
     assert len(states) == 3
 
 
+@pytest.mark.slow
 def test_stochastic_weight_averaging_runs_and_its_average_ends_in_the_module() -> None:
     module, strategy = Net(), DilocoStrategy(num_nodes=2, diloco_interval=3)
     swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, annealing_epochs=1)

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import trainer
+from helpers import slow_but, trainer
 from loaders import (
     N,
     Numbers,
@@ -109,7 +109,7 @@ def test_repeated_batches_reach_their_workers():
     assert own_only(model)
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", slow_but([0], [0, 2]))
 @pytest.mark.parametrize("partition", [tens, None])
 def test_changed_batches_go_in_order(processes, partition):
     doubled = fit(
@@ -177,7 +177,7 @@ def twice(batches: Any) -> Iterator[Any]:
     return (twin for batch in batches for twin in (batch, batch.clone()))
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", slow_but([0], [0, 2]))
 @pytest.mark.parametrize(
     ("change", "limit", "numbers"),
     [
@@ -314,7 +314,7 @@ class Endless(DataLoader):
             process.terminate()
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("processes", slow_but([0], [0, 2]))
 @pytest.mark.parametrize("distributed", [True, False])
 def test_loaders_that_keep_their_iterator_for_all_epochs(processes, distributed, tmp_path):
     class Looks(L.Callback):

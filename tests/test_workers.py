@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, slow_but, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler
@@ -85,7 +85,7 @@ class OwnStream(L.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["adamw", "accumulate", "manual"], CASES))
 def test_without_an_outer_step_every_replica_is_its_own_trainer_on_its_shard(name: str) -> None:
     make, options = CASES[name]
     data = regression_data(42)  # not divisible by 4: the shards are padded
