@@ -130,7 +130,6 @@ class Fit:
         in_trial: whether the fit loop runs for a tuner (LR finder, batch-size finder), before the fit proper.
         in_loop: whether the training loop has begun and not ended.
         keeps_gradients: whether the project looks at gradients between a worker's turns.
-        unheard: the hooks of the present step that run no code of the project's.
         plan: how the training loader that is being set up is divided; None outside ``setup_data``.
         places: how far every worker is in the data; None: all step together.
         reports: of all outer steps so far.
@@ -142,7 +141,6 @@ class Fit:
     in_trial: bool = True
     in_loop: bool = False
     keeps_gradients: bool = False
-    unheard: frozenset[str] = frozenset()
     plan: ShardPlan | None = None
     started: Engine | None = None
     _progress: RoundProgress | None = None

@@ -11,6 +11,7 @@ from reference import Reference, shards
 
 from lightning_diloco import Diloco
 from lightning_diloco.engine.engine import Engine
+from lightning_diloco.state.policies import Policies
 from lightning_diloco.state.replicas import Layout
 
 SGD = torch.optim.SGD
@@ -149,6 +150,52 @@ def test_what_a_row_has_unfrozen_is_synchronised_at_its_end() -> None:
     assert len(reports) == 1
     theta, workers = engine.views.state_dict("outer"), [engine.views.state_dict(w) for w in (0, 1)]
     assert all(torch.equal(theta[n], own[n]) for own in workers for n in theta)
+    engine.close()
+
+
+def test_between_the_turns_of_a_row_the_module_belongs_to_the_last_worker_and_nothing_can_be_saved() -> None:
+    model, engine = two_layers()
+    with engine.row_of_turns():
+        with engine.turn(1):
+            step(model, engine)
+        assert engine.current_worker == 1
+        with pytest.raises(RuntimeError, match="can't be saved inside worker 1's turn"):
+            engine.pack(0)
+        with engine.turn(2), pytest.raises(RuntimeError, match="can't begin inside"), engine.turn(0):
+            pass
+    assert engine.current_worker is None
+    assert engine.pack(0)["num_workers"] == 3
+    engine.close()
+
+
+def test_a_layer_that_the_workers_share_while_it_is_frozen_is_each_workers_own_once_a_turn_unfreezes_it() -> None:
+    """One step of SGD from the same weights: θ_w = θ − lr·g_w, by hand."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)).double()
+    model[1].requires_grad_(False)
+    theta, lr = {n: p.detach().clone() for n, p in model.named_parameters()}, 0.1
+    options = {"num_workers": 3, "interval": 9, "algorithm": Diloco(), "outer_factory": partial(SGD, lr=1.0)}
+    optimizer = SGD(model.parameters(), lr=lr)
+    engine = Engine(model, [optimizer], policies=Policies(share_frozen=True), **options)
+    inputs = [torch.full((2, 4), 1.0 + w, dtype=torch.float64) for w in range(3)]
+    by_hand = []
+    for w, x in enumerate(inputs):
+        twin = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)).double()
+        twin.load_state_dict(theta)
+        twin[1].requires_grad_(w > 0)  # worker 0 unfreezes it after its forward pass
+        twin(x).square().mean().backward()
+        by_hand.append({n: theta[n] - lr * (0 if p.grad is None else p.grad) for n, p in twin.named_parameters()})
+    with engine.row_of_turns():
+        for w, x in enumerate(inputs):
+            with engine.turn(w):
+                loss = model(x).square().mean()
+                model[1].requires_grad_(True)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    engine.end_step()
+    for w, want in enumerate(by_hand):
+        found = engine.views.state_dict(w)
+        assert all(float((found[n] - want[n]).abs().max()) <= 1e-12 for n in want), w
     engine.close()
 
 

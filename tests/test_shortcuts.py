@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import Net, loader, trainer
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from lightning_diloco import DilocoStrategy
@@ -54,6 +54,43 @@ def test_the_module_hears_every_workers(hook: str, how: str, monkeypatch: Any) -
     assert heard == [0, 1, 2] * 2
 
 
+def test_hooks_that_appear_inside_a_step_are_heard_in_it() -> None:
+    """From the second worker's turn of the first step on: it attaches both."""
+    heard: list[int | None] = []
+    ear = type(
+        "Ear", (L.Callback,), {"on_before_optimizer_step": hearing("on_before_optimizer_step", heard, L.Callback)}
+    )()
+
+    class Attaching(Net):
+        def training_step(self, *args: Any) -> Any:
+            if (self.trainer.global_step, self.trainer.strategy.current_worker) == (0, 1):
+                self.trainer.callbacks.append(ear)
+                self.on_after_backward = hearing("on_after_backward", heard, L.LightningModule).__get__(self)
+            return super().training_step(*args)
+
+    fit(Attaching())
+    assert heard == [1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
+
+
+def test_nothing_of_a_fit_is_remembered_for_another_module() -> None:
+    heard: list[None] = []
+
+    class Tested(Net):
+        automatic_optimization = False
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.manual_backward(self.net[0].weight.clone().sum())
+
+        def on_after_backward(self) -> None:
+            heard.append(None)
+
+    t = trainer(DilocoStrategy(num_nodes=WORKERS, diloco_interval=2), max_steps=2, inference_mode=False)
+    t.fit(Net(), loader())
+    t.test(Tested(), loader(shuffle=False), verbose=False)
+    assert heard
+
+
 @pytest.mark.parametrize("hook", OF_CALLBACKS)
 @pytest.mark.parametrize("attached", ["before the fit", "between two steps"])
 def test_a_callback_hears_every_workers(hook: str, attached: str) -> None:
@@ -91,6 +128,16 @@ def test_a_precision_plugin_of_the_projects_own_has_its_methods_called() -> None
     assert plugin.calls == ["step", "backward"] * WORKERS
 
 
+@pytest.mark.parametrize("method", ["pre_backward", "post_backward", "optimizer_step", "clip_gradients"])
+def test_a_patched_precision_plugin_has_its_methods_called(method: str) -> None:
+    called: list[None] = []
+    plugin = Precision()
+    original = getattr(plugin, method)
+    setattr(plugin, method, lambda *args, **kwargs: called.append(None) or original(*args, **kwargs))
+    fit(Net(), steps=1, plugins=[plugin])
+    assert len(called) == WORKERS
+
+
 def test_a_strategy_that_moves_batches_itself_does_so() -> None:
     moved: list[Any] = []
 
@@ -101,6 +148,17 @@ def test_a_strategy_that_moves_batches_itself_does_so() -> None:
 
     fit(Net(), steps=2, strategy=Moving(num_nodes=WORKERS, diloco_interval=2))
     assert len(moved) == 2 * WORKERS
+
+
+def test_a_method_that_is_put_on_the_strategy_or_the_profiler_is_called() -> None:
+    strategy, profiler = DilocoStrategy(num_nodes=WORKERS, diloco_interval=2), PassThroughProfiler()
+    moved, started = [], []
+    original = strategy.batch_to_device
+    strategy.batch_to_device = lambda *args, **kwargs: moved.append(None) or original(*args, **kwargs)
+    profiler.start = started.append
+    fit(Net(), steps=1, strategy=strategy, profiler=profiler)
+    assert len(moved) == WORKERS
+    assert started.count("[LightningModule]Net.on_after_backward") == WORKERS
 
 
 def test_a_profiler_measures_every_hook_and_changes_no_bit() -> None:
@@ -123,6 +181,34 @@ def test_gradients_are_clipped_although_nobody_hears_of_it() -> None:
     fit(Norms(), gradient_clip_val=1e-3)
     assert norms == pytest.approx([1e-3] * len(norms), rel=1e-3)
     assert len(norms) == 2 * WORKERS
+
+
+def test_clipping_of_the_modules_own_is_asked_although_nothing_is_to_be_clipped() -> None:
+    asked: list[Any] = []
+
+    class Clipping(Net):
+        def clip_gradients(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+            asked.append(gradient_clip_val)
+
+    fit(Clipping())
+    assert asked == [None] * 2 * WORKERS
+
+
+def test_a_clip_value_that_is_set_after_the_backward_pass_counts() -> None:
+    """In the second step only."""
+    norms: list[float] = []
+
+    class Setting(Net):
+        def on_after_backward(self) -> None:
+            self.trainer.gradient_clip_val = 1e-3 if self.trainer.global_step == 1 else None
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            norms.append(float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in self.parameters()]))))
+
+    fit(Setting())
+    assert min(norms[:WORKERS]) > 2e-3
+    assert norms[WORKERS:] == pytest.approx([1e-3] * WORKERS, rel=1e-3)
 
 
 def test_a_logged_value_moves_with_all_it_has_and_only_then() -> None:

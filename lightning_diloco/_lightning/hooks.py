@@ -15,12 +15,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core.hooks import ModelHooks
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.strategies import Strategy
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-_FILES = {inspect.getfile(base) for base in (LightningModule, ModelHooks, LightningDataModule, Callback)}
+_HOLDERS = (LightningModule, ModelHooks, LightningDataModule, Callback)
+_SILENT = (Precision, Strategy, Profiler, PassThroughProfiler)  # what their methods do is known
+_FILES = {inspect.getfile(base) for base in (*_HOLDERS, *_SILENT)}
 
 
 def does_something(owner: Any, hook: str) -> bool:
@@ -49,9 +51,6 @@ def looks_at_gradients(trainer: Trainer) -> bool:
 
 
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_OF_THE_MODULE = ("optimizer_zero_grad", "configure_gradient_clipping")
-_OF_ALL = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
-_PLAIN = (Precision, DoublePrecision, HalfPrecision)  # without code of their own around backward pass and step
 
 
 def transfers_in_turn(trainer: Trainer) -> bool:
@@ -62,25 +61,36 @@ def transfers_in_turn(trainer: Trainer) -> bool:
 
 def only_moves(trainer: Trainer) -> bool:
     """Whether moving a batch to the device runs no code but Lightning's ``move_data_to_device``."""
-    own = type(trainer.strategy).batch_to_device is not Strategy.batch_to_device
-    return not (own or _is_profiled(trainer) or transfers_in_turn(trainer))
+    own = does_something(trainer.strategy, "batch_to_device")
+    return not (own or is_profiled(trainer) or transfers_in_turn(trainer))
 
 
-def unheard(trainer: Trainer) -> frozenset[str]:
-    """The hooks around a worker's backward pass and step that run no code of the project's.
+def reaches_nobody(trainer: Trainer, *hooks: str) -> bool:
+    """Whether announcing hooks to the module and the callbacks runs no code of the project's.
 
-    Asked at every step, as above. A profiler measures every announcement, so that with one none is left out.
+    Asked each time, since hooks may be put on the module, and callbacks attached, whenever a project likes. A profiler
+    measures every announcement.
     """
-    if _is_profiled(trainer) or type(trainer.precision_plugin) not in _PLAIN:
-        return frozenset()
-    module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
-    silent = [hook for hook in _OF_THE_MODULE if not does_something(module, hook)]
-    silent += [h for h in _OF_ALL if not any(does_something(hearer, h) for hearer in (module, *callbacks))]
-    return frozenset(silent) - ({"configure_gradient_clipping"} if trainer.gradient_clip_val else set())
+    hearers = (trainer.lightning_module, *trainer.callbacks)  # type: ignore[attr-defined]
+    return not is_profiled(trainer) and not any(does_something(h, hook) for hook in hooks for h in hearers)
 
 
-def _is_profiled(trainer: Trainer) -> bool:
-    return type(trainer.profiler) is not PassThroughProfiler  # type: ignore[attr-defined]
+def clips_nothing(trainer: Trainer) -> bool:
+    """Whether the gradients are left as they are before a step, and no code of the project's is asked."""
+    module = trainer.lightning_module
+    own = does_something(module, "configure_gradient_clipping") or does_something(module, "clip_gradients")
+    return not (own or trainer.gradient_clip_val)
+
+
+def is_plain(trainer: Trainer, *methods: str) -> bool:
+    """Whether these methods of the precision plugin are those that only announce hooks."""
+    return not any(does_something(trainer.precision_plugin, method) for method in methods)
+
+
+def is_profiled(trainer: Trainer) -> bool:
+    """Whether a profiler measures what is announced."""
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    return any(does_something(profiler, method) for method in ("profile", "start", "stop"))
 
 
 @contextmanager

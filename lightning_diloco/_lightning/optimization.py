@@ -12,6 +12,7 @@ from lightning.pytorch.trainer import call
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_diloco._lightning.hooks import does_something, is_profiled, reaches_nobody
 from lightning_diloco._lightning.reclassed import Reclassed
 from lightning_diloco._lightning.turns import fit_of
 
@@ -31,7 +32,7 @@ class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
 
     @override
     def _on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        if "on_before_zero_grad" not in fit_of(self.trainer).unheard:
+        if not reaches_nobody(self.trainer, "on_before_zero_grad"):
             super()._on_before_zero_grad(optimizer)
             return
         progress = self.optim_progress.optimizer.zero_grad
@@ -40,7 +41,7 @@ class DilocoAutomaticOptimization(Reclassed, _AutomaticOptimization):
 
     @override
     def _optimizer_zero_grad(self, batch_idx: int, optimizer: Optimizer) -> None:
-        if "optimizer_zero_grad" not in fit_of(self.trainer).unheard:
+        if does_something(self.trainer.lightning_module, "optimizer_zero_grad") or is_profiled(self.trainer):
             super()._optimizer_zero_grad(batch_idx, optimizer)
             return
         optimizer.zero_grad()

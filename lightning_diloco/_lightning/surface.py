@@ -23,6 +23,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
@@ -79,6 +80,8 @@ SIGNATURES: dict[tuple[type | ModuleType, str], tuple[str, ...]] = {
     (_ResultCollection, "metrics"): ("self", "on_step"),
     (_ResultCollection, "valid_items"): ("self",),
     (_ResultCollection, "reset"): ("self", "metrics", "fx"),
+    (Precision, "_wrap_closure"): ("self", "model", "optimizer", "closure"),
+    (Precision, "_after_closure"): ("self", "model", "optimizer"),
     (_DataConnector, "_requires_distributed_sampler"): ("self", "dataloader"),
     (_DataConnector, "_resolve_sampler"): ("self", "dataloader", "shuffle", "mode"),
     (_SignalConnector, "_sigterm_notifier_fn"): ("self", "signum", "_"),

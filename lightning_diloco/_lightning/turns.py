@@ -22,7 +22,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
 from torch.utils._pytree import tree_leaves
 
-from lightning_diloco._lightning.hooks import does_something, only_moves, rank_of, transfers_in_turn, unheard
+from lightning_diloco._lightning.hooks import does_something, only_moves, rank_of, transfers_in_turn
 from lightning_diloco._lightning.results import WorkerResults
 from lightning_diloco.comm.world import World
 from lightning_diloco.fit import Fit
@@ -96,7 +96,6 @@ class WorkerTurns:
     def run(self, batches: Mapping[int, Any], batch_idx: int, iterator: Any) -> dict[int, Outputs]:
         """Forward, backward and inner step of every worker; Lightning's progress counters move once."""
         engine = self._fit.engine
-        self._fit.unheard = unheard(self._trainer)
         automatic = self._trainer.lightning_module.automatic_optimization
         if iterator is None:  # Lightning reads the signature of `training_step` to build them
             arguments = self._loop._build_kwargs(OrderedDict(), None, batch_idx)

@@ -51,7 +51,7 @@ class Turns:
         stopwatch: counts the time of turns.
 
     Attributes:
-        current_worker: global id of the worker that is active, None between turns.
+        current_worker: global id of the worker whose state is in the module; None between rows of turns.
         finished: training is over: optimizers may step as they like.
     """
 
@@ -67,7 +67,7 @@ class Turns:
         self._banks_gradients = banks_gradients
         self.current_worker: int | None = None
         self.finished = False
-        self._in_row = False
+        self._in_row = self._in_turn = False
         self._guard, self._attributes = StepGuard(), AttributeGuard()
         after_step = weakref.WeakMethod(self._after_optimizer_step)  # torch's registry must not keep the engine alive
         self._hook = register_optimizer_step_post_hook(partial(_call_if_alive, after_step))
@@ -82,18 +82,23 @@ class Turns:
         if self._live.is_plain_run:
             yield
             return
-        inner = self._context.inner
-        self._live.adopt_outside_changes()
-        inner.adopt_outside_changes()
+        self._swap_begins()
         self._in_row = True
         try:
-            with inner.random_state_kept():
+            with self._context.inner.random_state_kept():
                 yield
         finally:
-            self._in_row = False
-            self._live.deactivate()
-            inner.activate_first()
+            self._in_row, self.current_worker = False, None
+            self._swap_ends()
         self._live.follow()  # what the turns have frozen or unfrozen, before a synchronisation
+
+    def _swap_begins(self) -> None:
+        self._live.adopt_outside_changes()
+        self._context.inner.adopt_outside_changes()
+
+    def _swap_ends(self) -> None:
+        self._live.deactivate()
+        self._context.inner.activate_first()
 
     @contextmanager
     def turn(self, worker: int, keep_gradients: bool = False) -> Iterator[None]:
@@ -107,9 +112,9 @@ class Turns:
             RuntimeError: parameters were added, removed, replaced or reshaped inside, or trained by an optimizer that
                 is none of ``optimizers``.
         """
-        if self.current_worker is not None:
+        if self._in_turn:
             raise RuntimeError(f"Worker {worker}'s turn can't begin inside worker {self.current_worker}'s.")
-        self.current_worker = worker
+        self.current_worker, self._in_turn = worker, True
         before = self._stopwatch.inner
         try:
             with (
@@ -119,7 +124,9 @@ class Turns:
             ):
                 yield
         finally:
-            self.current_worker = None
+            self._in_turn = False
+            if not self._in_row:
+                self.current_worker = None
             self._context.machines.worked(worker, self._stopwatch.inner - before)
 
     @contextmanager
@@ -152,7 +159,10 @@ class Turns:
             if looks:
                 self._attributes.end_turn(inner.live)
         finally:
-            layout.end_turn()
+            thawed = layout.end_turn()
+        if thawed:  # a frozen parameter may have been one tensor of all workers until now
+            self._swap_ends()
+            self._swap_begins()
 
     def note_step(self, optimizer: Any) -> None:
         """Says that ``optimizer`` stepped (or would have, had its scaler let it): the batch is a local step.

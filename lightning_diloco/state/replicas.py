@@ -134,13 +134,18 @@ class Layout:
         """Before a worker's turn: notes which parameters require a gradient."""
         self._required = [p.requires_grad for p in self.everything]
 
-    def end_turn(self) -> None:
-        """After a worker's turn: parameters that the turn froze still count as trainable (GANs toggle the flag)."""
+    def end_turn(self) -> bool:
+        """After a worker's turn: parameters that the turn froze still count as trainable (GANs toggle the flag).
+
+        Returns:
+            Whether the turn has frozen or unfrozen parameters.
+        """
         required = [p.requires_grad for p in self.everything]
         if self._suspended or required != self._required:
             before = {id(p) for p, was in zip(self.everything, self._required, strict=True) if was}
             now = {id(p) for p, is_now in zip(self.everything, required, strict=True) if is_now}
             self._suspended = (self._suspended | before) - now
+        return required != self._required
 
     def _requires_grad(self, p: nn.Parameter) -> bool:
         return p.requires_grad or id(p) in self._suspended
