@@ -1,5 +1,6 @@
 """Hooks around a worker's step are called where somebody hears them, and what they cost otherwise is left out."""
 
+import functools
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,7 @@ import torch
 from helpers import Net, loader, trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from lightning_diloco import DilocoStrategy
@@ -159,6 +161,23 @@ def test_a_method_that_is_put_on_the_strategy_or_the_profiler_is_called() -> Non
     fit(Net(), steps=1, strategy=strategy, profiler=profiler)
     assert len(moved) == WORKERS
     assert started.count("[LightningModule]Net.on_after_backward") == WORKERS
+
+
+def test_in_an_ordinary_fit_nothing_is_announced(monkeypatch: Any) -> None:
+    """Of what the workers' passes and steps would announce; hooks around a batch are the loop's."""
+    announced: list[str] = []
+    for name in ("_call_callback_hooks", "_call_lightning_module_hook"):
+        original = getattr(call, name)
+
+        @functools.wraps(original)
+        def called(trainer: L.Trainer, hook: str, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            if trainer.strategy.current_worker is not None:
+                announced.append(hook)
+            return original(trainer, hook, *args, **kwargs)
+
+        monkeypatch.setattr(call, name, called)
+    fit(Net(), steps=2)
+    assert announced == ["optimizer_step"] * 2 * WORKERS
 
 
 def test_a_profiler_measures_every_hook_and_changes_no_bit() -> None:

@@ -33,11 +33,11 @@ class Case:
 
 
 CASES = (
-    Case("MLP 784-128-10, N = 4", mlp, images, 4, 100, 0.95),
-    Case("MLP 784-128-10, N = 16", mlp, images, 16, 40, 0.90, 1.6),
-    Case("CNN 106 k, N = 4", cnn, images, 4, 40, 0.98, 1.15),
-    Case("CNN 106 k, N = 16", cnn, images, 16, 16, 0.98),
-    Case("byte GPT 1 M, N = 4", gpt, text, 4, 12, 1.01, clip=1.0),
+    Case("MLP 784-128-10, N = 4", mlp, images, 4, 60, 0.95),
+    Case("MLP 784-128-10, N = 16", mlp, images, 16, 24, 0.90, 1.6),
+    Case("CNN 106 k, N = 4", cnn, images, 4, 24, 0.98, 1.15),
+    Case("CNN 106 k, N = 16", cnn, images, 16, 10, 0.98),
+    Case("byte GPT 1 M, N = 4", gpt, text, 4, 8, 1.01, clip=1.0),
 )
 
 
