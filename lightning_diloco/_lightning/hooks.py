@@ -90,9 +90,8 @@ def is_plain(trainer: Trainer, *methods: str) -> bool:
 def is_profiled(trainer: Trainer) -> bool:
     """Whether a profiler measures what is announced."""
     profiler = trainer.profiler  # type: ignore[attr-defined]
-    own = (
-        getattr(profiler.profile, "__func__", None) is not Profiler.profile
-    )  # a decorated function: its code is contextlib's
+    # Lightning's is decorated: its code is contextlib's
+    own = getattr(profiler.profile, "__func__", None) is not Profiler.profile
     return own or does_something(profiler, "start") or does_something(profiler, "stop")
 
 

@@ -2,7 +2,7 @@
 
 * The byte GPT of 1 M parameters, N = 4, in one process and in two (``Trainer(devices=2)``) with one thread each; a
   hand-written loop that steps two models in each of two processes, without Lightning, is the bound. Wall-clock time
-  from the end of a local step to the end of the next, the median. An outer step falls into no timed step.
+  from the end of a local step to the end of the next, the fastest tenth. An outer step falls into no timed step.
 * Start-up: the time to the end of the first step beyond that of one process, for processes that run the script once
   more ("popen", the default of scripts) and for copies of the process ("fork"). A started script imports everything
   again; how long Python takes for ``import lightning`` alone is the floor.

@@ -1,7 +1,8 @@
 """A local step of N workers against N steps of the plain Trainer, and against a hand-written loop over N models.
 
-CPU seconds of the process with one thread. Per repeat the three take turns, each as a fit of its own; no outer step
-falls into a timed step. The plain Trainer pays for fetching, hooks and logging in every step, N workers once.
+CPU seconds of the process with one thread, the fastest tenth of the steps. Per repeat the three take turns, each as a
+fit of its own; no outer step falls into a timed step. The plain Trainer pays for fetching, hooks and logging in every
+step, N workers once.
 """
 
 from collections.abc import Callable, Iterator
