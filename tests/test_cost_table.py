@@ -89,6 +89,15 @@ def test_a_part_inside_another_stops_the_others_clock(benchmark: Any, monkeypatc
     assert clock.steps[-1] == {"outer": 2.0 + 5.0, "inner": 3.0}
 
 
+def test_a_step_is_the_fastest_tenth_after_the_warm_up(benchmark: Any) -> None:
+    """Ends of steps that take 9, 9, 9, 9, and then 3, 5, …, 21: the first of ten is left out, the second taken."""
+    workloads = benchmark("workloads")
+    durations = [9.0] * workloads.WARM_UP + [1.0 + 2 * k for k in range(1, 11)]
+    ends = [sum(durations[:k]) for k in range(len(durations) + 1)]
+    assert workloads.seconds_per_step(ends) == 5.0
+    assert workloads.seconds_per_step(ends[: workloads.WARM_UP + 2]) == 3.0
+
+
 def test_what_a_worker_holds_is_in_the_figures_of_memory(benchmark: Any) -> None:
     """AdamW keeps two values per weight, and a counter per tensor."""
     memory = benchmark("memory")

@@ -152,12 +152,14 @@ def test_a_strategy_that_moves_batches_itself_does_so() -> None:
     assert len(moved) == 2 * WORKERS
 
 
-def test_a_method_that_is_put_on_the_strategy_or_the_profiler_is_called() -> None:
+@pytest.mark.parametrize("method", ["start", "profile"])
+def test_a_method_that_is_put_on_the_strategy_or_the_profiler_is_called(method: str) -> None:
     strategy, profiler = DilocoStrategy(num_nodes=WORKERS, diloco_interval=2), PassThroughProfiler()
     moved, started = [], []
     original = strategy.batch_to_device
     strategy.batch_to_device = lambda *args, **kwargs: moved.append(None) or original(*args, **kwargs)
-    profiler.start = started.append
+    measured = getattr(profiler, method)
+    setattr(profiler, method, lambda name: started.append(name) or measured(name))
     fit(Net(), steps=1, strategy=strategy, profiler=profiler)
     assert len(moved) == WORKERS
     assert started.count("[LightningModule]Net.on_after_backward") == WORKERS
