@@ -256,7 +256,7 @@ class Engine:
             self.progress.forget()
             return []
         self.context.local_steps += 1
-        counts = self._count_own_steps()
+        counts = self._count_steps()
         self._live_module.note_steps()
         try:
             self.broadcast_buffers_in_team()
@@ -276,8 +276,8 @@ class Engine:
         self.progress.forget()
         return reports
 
-    def _count_own_steps(self) -> tuple[int, list[int]]:
-        """Returns the counts from before."""
+    def _count_steps(self) -> tuple[int, list[int]]:
+        """Counts the step for the workers that took it; returns the counts from before."""
         own, before = self._inner.own_steps, self.worker_steps
         if own is None:
             self.worker_steps += len(self.context.workers)
