@@ -159,8 +159,8 @@ class Turns:
             if looks:
                 self._attributes.end_turn(inner.live)
         finally:
-            thawed = layout.end_turn()
-        if thawed:  # a frozen parameter may have been one tensor of all workers until now
+            toggled = layout.end_turn()
+        if toggled:  # a frozen parameter may have been one tensor of all workers until now
             self._swap_ends()
             self._swap_begins()
 

@@ -50,9 +50,8 @@ class Row:
 
 
 def figure(values: Sequence[float]) -> str:
-    return (
-        f"{statistics.median(values):.3g}" if statistics.median(values) < 1000 else f"{statistics.median(values):.0f}"
-    )
+    middle = statistics.median(values)
+    return f"{middle:.3g}" if middle < 1000 else f"{middle:.0f}"
 
 
 def memory(field: str) -> int:
