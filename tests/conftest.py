@@ -55,3 +55,11 @@ def _isolated(tmp_path, monkeypatch):
     for name in os.environ.keys() - before.keys():  # Lightning's launchers set ranks and addresses
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def _copies(monkeypatch):
+    """Instead of a new Python this process starts a copy of itself."""
+    from warm import start_copies
+
+    start_copies(monkeypatch.setattr)

@@ -8,11 +8,9 @@ import contextlib
 import multiprocessing
 import os
 import random
-import runpy
 import signal
 import socket
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from warm import run_script, start_copies
 
 FORK = multiprocessing.get_context("fork")
 SERVER = multiprocessing.get_context("forkserver")
@@ -110,33 +109,32 @@ def in_a_process(function: Callable[[], Any], out: Path) -> Any:
     return value
 
 
-def _script(arguments: list[str], folder: Path, out: Path, environment: dict[str, str]) -> None:
+def _script(arguments: list[str], folder: Path, out: Path, environment: dict[str, str], copies: bool) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), descriptor)
     os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
+    if copies:
+        start_copies()
     try:
-        if arguments[0] == "-m":
-            sys.argv[:] = arguments[1:]
-            sys.path.insert(0, str(folder))
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv[:] = arguments
-            path = folder / arguments[0]  # absolute: spawned processes read it, too
-            sys.path.insert(0, str(path.parent))
-            runpy.run_path(str(path), run_name="__main__")
+        run_script(arguments, environment)
     finally:
         atexit._run_exitfuncs()
 
 
 def start_script(
-    *arguments: str, folder: Path | None = None, out: Path | None = None, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    folder: Path | None = None,
+    out: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    copies: bool = True,
 ) -> Any:
-    """A process that does what ``python`` with these arguments does in a folder, its output in files in ``out``."""
+    """A process that does what ``python`` with these arguments does in a folder, its output in files in ``out``.
+
+    Those that it starts are ``copies``, if so; see ``warm.py``.
+    """
     folder = folder or Path.cwd()
-    args = (list(arguments), folder, out or folder, dict(os.environ if environment is None else environment))
+    args = (list(arguments), folder, out or folder, dict(os.environ if environment is None else environment), copies)
     process = SERVER.Process(target=_script, args=args)
     process.start()
     return process

@@ -249,7 +249,7 @@ def test_further_processes_have_the_alias_before_they_import_the_project(method:
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = [str(ROOT), str(ROOT / "tests"), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = script("script.py", method, environment=environment)
+    done = script("script.py", method, environment=environment, copies=False)
     assert done.returncode == 0, done.stderr
     assert "base of the module: lightning.pytorch.core.module" in done.stdout
     assert [file.name for file in (tmp_path / "files").iterdir()] == ["epoch=1-step=24.ckpt"]

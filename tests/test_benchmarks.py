@@ -14,6 +14,7 @@ from types import ModuleType
 
 import psutil
 import pytest
+from processes import script
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 TINY = ["--size", "tiny", "--workers", "2", "--steps", "4", "--interval", "2", "--repeats", "1"]
@@ -40,6 +41,17 @@ def train():
 '''
 
 
+FAILS = """
+import os, pathlib, time
+if os.environ["RANK"] == "1":
+    while not pathlib.Path(__file__).with_name("process").exists():
+        time.sleep(0.05)
+    raise ValueError("no luck")
+pathlib.Path(__file__).with_name("process").write_text(str(os.getpid()))
+time.sleep(300)
+"""
+
+
 @pytest.fixture
 def alternatives(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = BENCHMARKS / "alternatives.py"
@@ -50,15 +62,15 @@ def alternatives(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def left_behind(mark: str) -> list[psutil.Process]:
+def of_command(mark: str) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if mark in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 def test_every_way_ends_at_the_same_weights(tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "alternatives.py", *TINY, "--dtype", "float64", "--json", "found.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    file = str(BENCHMARKS / "alternatives.py")
+    done = script(file, *TINY, "--dtype", "float64", "--json", "found.json", limit=400)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
 
@@ -133,19 +145,21 @@ def test_lines_are_marked_where_they_measure(alternatives: ModuleType) -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.usefixtures("_copies")
 def test_a_failure_is_told_and_the_others_go_on(
     alternatives: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    script = tmp_path / "way.py"
-    script.write_text("import os, time\nif os.environ['RANK'] == '1': raise ValueError('no luck')\ntime.sleep(300)\n")
-    fails = {"by hand, 2 processes": alternatives.Way(2, "ranks", (str(script),))}
+    way = tmp_path / "way.py"
+    way.write_text(FAILS)
+    fails = {"by hand, 2 processes": alternatives.Way(2, "ranks", (str(way),))}
     monkeypatch.setattr(alternatives, "WAYS", fails | {"by hand, 1 process": alternatives.WAYS["by hand, 1 process"]})
     assert alternatives.main([*TINY, "--only", "by hand", "--json", str(tmp_path / "found.json")]) == 1
     assert "by hand, 2 processes: failed: ValueError: no luck" in capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["way"] for row in found["rows"]] == ["by hand, 1 process"]
     assert found["failed"] == {"by hand, 2 processes": "ValueError: no luck"}
-    assert not left_behind(str(script))
+    (process,) = map(int, (tmp_path / "process").read_text().split())
+    assert not psutil.pid_exists(process)
 
 
 @pytest.mark.slow
@@ -156,7 +170,7 @@ def test_no_process_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / "alternatives.py", "--only", "Strategy, 2", "--steps", "100000"]
     started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(left_behind(str(tmp_path))) < 2:
+    while len(of_command(str(tmp_path))) < 2:
         assert time.monotonic() < deadline, "the second process hasn't started"
         assert started.poll() is None
         time.sleep(0.2)
@@ -164,5 +178,5 @@ def test_no_process_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 128 + number, errors
     assert not re.search("Traceback", errors)
-    assert not left_behind(str(tmp_path))
+    assert not of_command(str(tmp_path))
     assert not list(tmp_path.glob("alternatives_*"))

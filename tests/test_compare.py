@@ -319,6 +319,7 @@ def test_a_comparison_killed_twice_is_that_of_one_never_killed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.usefixtures("_copies")
 def test_several_processes_give_the_same_numbers_and_outlive_a_killed_one() -> None:
     runs = {"one worker": "plain", "two": DILOCO}
     alone = quiet(Dying, seeds=3, runs=runs, folder="alone")

@@ -47,7 +47,8 @@ def test_hooks_and_the_history_disturb_nothing(accumulate: int) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("_copies")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_the_history_comes_back_from_processes(method: str) -> None:
     """More than a pipe holds: 600 steps."""
     more = {"eval_dataset": classes(20), "num_nodes": 2, "num_epochs": 40, "diloco_interval": 100}
@@ -248,13 +249,14 @@ def run(**arguments: Any) -> DilocoSimulator:
     return s
 
 
+@pytest.mark.usefixtures("_copies")
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 @pytest.mark.parametrize(
     "devices",
     [
         1,
         pytest.param(("fork", 2), marks=pytest.mark.processes),
-        pytest.param(("spawn", 2), marks=[pytest.mark.processes, pytest.mark.slow]),
+        pytest.param(("spawn", 2), marks=pytest.mark.processes),
     ],
 )
 def test_a_quiet_run_says_nothing(

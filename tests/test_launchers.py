@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def begin(folder: Path, *arguments: str) -> Any:
     return start_script("script.py", *arguments, folder=folder, environment=clean_environment())
 
 
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def call(folder: Path, *arguments: str, copies: bool = True) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(SCRIPT)
     for _ in range(3):  # gloo's threads may abort a process at the very end, in plain torch too (1 in 70 pairs)
         if arguments == ("notebook",):  # Lightning recognises one when it is imported
@@ -100,7 +101,7 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
                 timeout=120,
             )
         else:
-            done = script("script.py", *arguments, folder=folder, environment=clean_environment())
+            done = script("script.py", *arguments, folder=folder, environment=clean_environment(), copies=copies)
         if done.returncode != -signal.SIGABRT:
             break
     return done
@@ -109,7 +110,7 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_popen_spawn_and_fork_train_as_one_process_does(tmp_path: Path) -> None:
     """A notebook forks by itself."""
     for method in ("one", "popen", "spawn", "fork", "notebook"):
-        done = call(tmp_path, method)
+        done = call(tmp_path, method, copies=False)
         assert done.returncode == 0, done.stderr
         assert "threads of gloo" not in done.stdout  # they abort a process now and then
         assert (method == "fork") == (
@@ -194,31 +195,23 @@ def test_the_commands_from_laptop_to_cluster(tmp_path: Path) -> None:
     tiny += f" --accelerator cpu --logdir {tmp_path}"
     cluster = cluster.replace("29500", str(free_port()))
 
-    def on(machine: int) -> subprocess.Popen[str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {"PATH": path, "NODE": str(machine), "FIRST": "127.0.0.1"}
-        return subprocess.Popen(
-            ["bash", "-c", cluster + tiny], cwd=ROOT, env={**clean_environment(), **variables}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def here(line: str) -> dict[str, float]:
-        python, *arguments = shlex.split(line + tiny)
-        assert python == "python"
-        return results(script(*arguments, folder=ROOT, out=tmp_path, environment=clean_environment()))
-
-    def results(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
+    def results(line: str, out: str) -> dict[str, float]:
+        program, *arguments = shlex.split(line.replace("$FIRST", "127.0.0.1") + tiny)
+        module = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[program]  # what `torchrun` runs
+        (tmp_path / out).mkdir()
+        environment = clean_environment()
+        done = script(*module, *arguments, folder=ROOT, out=tmp_path / out, environment=environment)
         assert done.returncode == 0, done.stderr
         rows = re.findall(r"^(\w+) +([\d.,]+)$", done.stdout, re.MULTILINE)
         return {name: float(value.replace(",", "")) for name, value in rows if name != "seconds"}
 
-    machines = [on(machine) for machine in range(2)]
-    said = [machine.communicate(timeout=200) for machine in machines]
-    ended = [subprocess.CompletedProcess(m.args, m.returncode, *s) for m, s in zip(machines, said, strict=True)]
-    first, second = map(results, ended)
+    with ThreadPool(2) as machines:
+        names = ("first", "second")
+        commands = [(cluster.replace("$NODE", str(node)), name) for node, name in enumerate(names)]
+        first, second = machines.starmap(results, commands)
     assert second == {}
     assert first.keys() == {"parameters", "val_loss", "bits_per_byte", "bytes_sent_per_worker"}
     assert first["val_loss"] < 5.0  # ln 256 = 5.55 at the start
-    one = here(laptop)
-    for several in (here(devices), first):
+    one = results(laptop, "laptop")
+    for several in (results(devices, "devices"), first):
         assert several == pytest.approx(one, rel=1e-3)  # the sampler of the evaluation repeats a window

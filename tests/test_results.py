@@ -41,7 +41,8 @@ class Predicting(Layers):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("_copies")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_what_the_processes_counted_is_here(method: Any) -> None:
     expected, tally, _ = fit()
     found, theirs, _ = fit(2, start_method=method)
@@ -60,8 +61,6 @@ def test_what_the_processes_counted_is_here(method: Any) -> None:
         " 'fork'), and ended with them. Ask in a callback or hook of the fit. Here are `local_steps`, `outer_steps`,"
         " `reports` and `ledger`."
     )
-    if method == "spawn":  # which takes long to start
-        return
     # another use of the processes keeps the results of the fit, and a new fit replaces them
     trainer(found, devices=2).predict(Predicting(), loader(regression_data(8), shuffle=False))
     assert (found.local_steps, len(found.reports)) == (9, 3)

@@ -305,7 +305,7 @@ def test_the_trace_of_a_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.slow
+@pytest.mark.usefixtures("_copies")
 def test_started_processes_hand_the_clock_back(tmp_path: Path) -> None:
     strategy = DilocoStrategy(num_nodes=2, diloco_interval=H, cluster=cluster(), start_method="spawn")
     trainer(strategy, devices=2, max_epochs=-1, max_steps=4).fit(Layers(), loader())
