@@ -18,6 +18,7 @@ import statistics
 import sysconfig
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +118,21 @@ class Windows(Dataset[Tensor]):
 
 def standard_library(megabytes: float) -> Tensor:
     """The first bytes of Python's sources in the order of their paths, without installed packages and tests."""
-    root, size = Path(sysconfig.get_path("stdlib")), int(megabytes * 1e6)
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    text = bytearray()
-    for path in sorted(root.rglob("*.py")):
-        if len(text) < size and not skipped & set(path.relative_to(root).parts):
-            text += path.read_bytes()
+    size, text = int(megabytes * 1e6), bytearray()
+    for path in sources(Path(sysconfig.get_path("stdlib"))):
+        text += path.read_bytes()
+        if len(text) >= size:
+            break
     return torch.frombuffer(text[:size], dtype=torch.uint8)
+
+
+def sources(folder: Path) -> Iterator[Path]:
+    """The text's files in a folder."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name not in {"site-packages", "dist-packages", "test", "tests", "idle_test"}:
+            yield from sources(path)
+        elif path.suffix == ".py":
+            yield path
 
 
 class LibraryText(L.LightningDataModule):

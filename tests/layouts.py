@@ -83,7 +83,7 @@ def train(
     )
     dtype = torch.float64 if kwargs.get("precision") == "64-true" else torch.float32
     train_data = loader(data or regression_data(samples, dtype=dtype), batch, shuffle=shuffle)
-    t.fit(module, train_data, loader(regression_data(40, seed=9, dtype=dtype), 2, shuffle=False), ckpt_path=resume)
+    t.fit(module, train_data, loader(regression_data(16, seed=9, dtype=dtype), 2, shuffle=False), ckpt_path=resume)
     t.save_checkpoint(folder / "end.ckpt")
     inner = diloco._engine.context.inner.workers
     return {

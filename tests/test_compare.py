@@ -296,12 +296,12 @@ def test_a_comparison_killed_twice_is_that_of_one_never_killed() -> None:
     runs = {"one worker": "plain", "two": DILOCO}
     whole = quiet(Dying, seeds=3, runs=runs, folder="whole")
 
+    Path("script.py").write_text(SCRIPT)
     Path("die").touch()  # inside a run: in a step of seed 1
-    first = subprocess.run([sys.executable, "-c", SCRIPT, "1"], check=False)
+    first = script("script.py", "1")
     assert first.returncode == -signal.SIGKILL
     assert finished() == {"one worker, seed 0.json", "two, seed 0.json"}
 
-    Path("script.py").write_text(SCRIPT)
     second = start_script("script.py", "1")  # killed between two runs, or early in one
     while len(finished()) < 4:
         time.sleep(0.01)

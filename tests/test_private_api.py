@@ -174,6 +174,11 @@ def test_every_name_in_the_tables_is_in_use() -> None:
     assert not OURS - used
 
 
+@pytest.fixture(autouse=True)
+def _not_verified_yet() -> None:
+    surface.verify_installed.cache_clear()
+
+
 def connected() -> tuple[Net, Any]:
     model, t = Net(), trainer(DilocoStrategy(num_nodes=2), max_steps=1)
     model.trainer = t

@@ -7,6 +7,7 @@ those. The reason of each use stands beside the use; public names of private cla
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from operator import attrgetter
 from types import ModuleType
@@ -208,17 +209,23 @@ def verify(model: LightningModule) -> None:
     Raises:
         RuntimeError: a private function has other parameters, or an attribute is missing.
     """
+    verify_installed()
+    _check_attributes(model, OF_MODULES)
+    if model._trainer is not None:  # else the Trainer's connectors are used without a run
+        for place, names in ATTRIBUTES.items():
+            _check_attributes(attrgetter(place)(model), names)
+
+
+@cache
+def verify_installed() -> None:
+    """What doesn't depend on a run: once per process, as it takes 5 ms."""
     for (owner, name), expected in SIGNATURES.items():
         function = getattr(owner, name, None)
         found = None if function is None else tuple(inspect.signature(inspect.unwrap(function)).parameters)
         if found != expected:
             raise _changed(owner, f"`{owner.__name__}.{name}`: expected the parameters {expected}, found {found}")
-    _check_attributes(model, OF_MODULES)
     for make, names in EXAMPLES.items():
         _check_attributes(make(), names)
-    if model._trainer is not None:  # else the Trainer's connectors are used without a run
-        for place, names in ATTRIBUTES.items():
-            _check_attributes(attrgetter(place)(model), names)
 
 
 def _check_attributes(holder: Any, names: tuple[str, ...]) -> None:
