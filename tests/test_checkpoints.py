@@ -138,16 +138,16 @@ def run(setting: dict[str, Any], callbacks: list[Any], ckpt_path: Any = None, se
 
 @pytest.mark.parametrize("name", slow_but({"validation"}, SETTINGS))
 def test_interrupted_is_uninterrupted(name: str) -> None:
-    setting = SETTINGS[name]
+    setting, epochs = SETTINGS[name], 3 if name == "default" else 2
     hook = "on_validation_end" if name == "validation" else "on_train_batch_end"
-    undisturbed, journal, draws = run(setting, [])
-    saving, _, _ = run(setting, [Save(hook, set(range(1, 99)))])
+    undisturbed, journal, draws = run(setting, [], max_epochs=epochs)
+    saving, _, _ = run(setting, [Save(hook, set(range(1, 99)))], max_epochs=epochs)
     assert_equal(saving, undisturbed)  # saving changes nothing
     files = sorted(Path().glob("*.ckpt"), key=lambda p: int(p.stem))
     assert len(files) >= 4
     for file in files:
         checkpoint = torch.load(file, weights_only=True)
-        resumed, later, later_draws = run(setting, [], ckpt_path=file, seed=99)
+        resumed, later, later_draws = run(setting, [], ckpt_path=file, seed=99, max_epochs=epochs)
         assert_equal(resumed, undisturbed)
         assert later == journal[len(journal) - len(later) :]
         assert later_draws == draws[len(draws) - len(later_draws) :]

@@ -46,15 +46,22 @@ def test_hooks_and_the_history_disturb_nothing(accumulate: int) -> None:
     assert_same(weights(with_hooks), weights(without))
 
 
+LONG: dict[str, Any] = {"eval_dataset": classes(20), "num_nodes": 2, "num_epochs": 40, "diloco_interval": 100}
+
+
+@pytest.fixture(scope="module")
+def long_run() -> tuple[DilocoSimulator, History]:
+    """600 steps, whose history is more than a pipe holds, in one process."""
+    s = simulator(**LONG)
+    return s, s.train()
+
+
 @pytest.mark.processes
 @pytest.mark.usefixtures("_copies")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_the_history_comes_back_from_processes(method: str) -> None:
-    """More than a pipe holds: 600 steps."""
-    more = {"eval_dataset": classes(20), "num_nodes": 2, "num_epochs": 40, "diloco_interval": 100}
-    alone = simulator(**more)
-    expected = alone.train()
-    s = simulator(**more, strategy_kwargs={"start_method": method}, trainer_kwargs={"devices": 2})
+def test_the_history_comes_back_from_processes(method: str, long_run: Any) -> None:
+    alone, expected = long_run
+    s = simulator(**LONG, strategy_kwargs={"start_method": method}, trainer_kwargs={"devices": 2})
     found = s.train()
     assert len(found.train) == len(expected.train) == 600
     for one, other in zip([*found.train, *found.eval], [*expected.train, *expected.eval], strict=True):
