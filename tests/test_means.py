@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_diloco import DilocoStrategy
 from lightning_diloco.comm import means
 from lightning_diloco.comm.channel import Channel
+from lightning_diloco.comm.likeness import inner_products
 from lightning_diloco.comm.means import Differences, mean_of
 from lightning_diloco.comm.statistics import MeanStatistics, all_finite, euclidean_norm, lengths, norm_and_cosine
 from lightning_diloco.comm.tensors import bitwise_equal, flat
@@ -303,3 +304,22 @@ def test_nan_and_infinity_propagate_into_statistics():
         assert first == pytest.approx(math.sqrt(300))
         assert not math.isfinite(norm)
         assert not math.isfinite(second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-21, 1e-3), (3e18, 1e16), (0.0, 1.0), (float("nan"), 1.0)], ids=str)
+@pytest.mark.parametrize("equal", [True, False])
+def test_inner_products_of_two_tensors(dtype: torch.dtype, scales: tuple[float, float], equal: bool) -> None:
+    """Over several pieces; also where squares leave the range of float32, and where all elements are equal."""
+    size, generator = 200_001, torch.Generator().manual_seed(2)
+    x, y, z = (
+        scale * (torch.full((size,), 1.1) if equal else torch.randn(size, generator=generator)).to(dtype)
+        for scale in (*scales, scales[1])
+    )
+    found = inner_products({"a": x}, Differences(["a"], {"a": 3 * y}, {"a": z}), "a")
+    a, b = x.double(), (3 * y - z).double()
+    scale = float(a.norm() * b.norm())
+    precision = 1e-12 if dtype is torch.float64 else 2e-6
+    assert found[0] == pytest.approx(float(a @ a), rel=precision, nan_ok=True)
+    assert found[1] == pytest.approx(float(a @ b), abs=precision * scale, nan_ok=True)
+    assert found[2] == pytest.approx(float(b @ b), rel=precision)

@@ -1,8 +1,8 @@
 """Lets a process start others as copies of itself where it would start a new Python, which takes seconds to import.
 
-The copies run the same script, or what ``multiprocessing`` sends them, as children with the same output, environment
-random numbers of a new Python, but with the modules that are imported already. So for every way to start processes
-a test does without this.
+The copies run the script, or what ``multiprocessing`` sends them, as children with the output and the environment they
+were to have and the random numbers of a new Python, but with all modules that the process has imported. So one test of
+every way to start processes does without this.
 """
 
 import atexit

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_diloco.comm.means import pieces_of, row_of
-from lightning_diloco.comm.statistics import cosines, mean_cosine
+from lightning_diloco.comm.statistics import cosines, mean_cosine, products_of_two
 
 Scalars = dict[str, tuple[float, float]]
 """Layer → ‖x_i‖² and ⟨x_i, x⟩ of a participant."""
@@ -120,12 +120,12 @@ def scalars_of(tensors: Mapping[str, Tensor], mean: Mapping[str, Tensor], layers
 
 @torch.no_grad()
 def inner_products(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> tuple[float, float, float]:
-    """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of a tensor, in float64; it is read, and differences are computed, in pieces."""
+    """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of a tensor, as ``statistics.py`` sums; differences are computed piece by piece."""
     rows = [row_of(tensors, name) for tensors in (a, b)]
-    total = torch.zeros(2, 2, dtype=torch.float64)
+    totals = [0.0, 0.0, 0.0]
     for piece in pieces_of(rows[0].values):
         pair = [row[piece] for row in rows]
         values = [row.values if row.minuend is None else row.minuend - row.values for row in pair]
-        exact = torch.stack([v.double() for v in values])
-        total += (exact @ exact.T).cpu()
-    return float(total[0, 0]), float(total[0, 1]), float(total[1, 1])
+        for i, product in enumerate(products_of_two(*values)):
+            totals[i] += product
+    return totals[0], totals[1], totals[2]

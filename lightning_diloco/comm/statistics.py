@@ -170,6 +170,17 @@ def _square(values: Tensor, scratch: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
+def products_of_two(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of a piece; errors of ⟨a, b⟩ are relative to ‖a‖ ‖b‖."""
+    if a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu":
+        scratch = torch.empty_like(a)
+        of_a, of_b = (float(torch.mul(x, x, out=scratch).sum()) for x in (a, b))
+        if _SMALLEST < min(of_a, of_b) <= max(of_a, of_b) < _LARGEST:
+            return of_a, float(torch.mul(a, b, out=scratch).sum()), of_b
+    products = _exact_products(torch.stack([a.double(), b.double()]))
+    return float(products[0, 0]), float(products[0, 1]), float(products[1, 1])
+
+
 def joined_parts(parts: Iterable[Parts]) -> Parts:
     """The sums of several processes, added up."""
     squares: dict[str, float] = {}
