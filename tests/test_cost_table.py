@@ -103,7 +103,8 @@ def test_what_a_worker_holds_is_in_the_figures_of_memory(benchmark: Any) -> None
     memory = benchmark("memory")
     found = memory.measure(2, 2, 8, ("--megabytes", "0.3", "--layers", "1", "--width", "32", "--heads", "2"))
     assert 3 * found["model"] < found["worker"] < 3.01 * found["model"]
-    assert 0 < found["bare"] <= found["before"] <= found["peak"]
+    for moment in ("bare", "before"):  # the process may have given memory back in between
+        assert 0 < found[moment] <= found["peak"]
     assert found["step"] > 0
 
 
