@@ -273,6 +273,7 @@ def test_a_run_of_one_process_resumes_in_two(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- invariants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dylu", [True, False])
 def test_at_equal_speeds_it_is_diloco(dylu: bool, tmp_path: Path) -> None:
     ours = train(tmp_path, algorithm=DelayedNesterov(dylu=dylu), cluster=cluster(EQUAL), make=partial(Layers, "adamw"))
@@ -405,8 +406,9 @@ def reads(make: Callable[[], Any], options: dict[str, Any], epochs: int, ckpt: A
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-@pytest.mark.parametrize("name", slow_but({"in a dict"}, LOADERS))
+@pytest.mark.parametrize("name", LOADERS)
 def test_a_worker_reads_in_its_kth_step_what_it_would_read_among_equals(name: str, tmp_path: Path) -> None:
     """No batch is lost, none comes twice, also from epoch to epoch of its own, and resumed in between."""
     make, options = LOADERS[name]
@@ -762,6 +764,7 @@ def test_the_outer_momentum_survives_weights_from_outside(tmp_path: Path) -> Non
     assert difference(ours.module, diloco.module) <= 1e-12
 
 
+@pytest.mark.slow
 def test_a_worker_sends_as_much_as_under_diloco_whoever_arrives_together(tmp_path: Path) -> None:
     together = train(tmp_path, steps=18)
     for seconds in ([0.1] * N, [0.1, 0.1001, 0.1002, 0.1003]):
@@ -923,6 +926,7 @@ def test_an_algorithm_that_leaves_nobody_is_an_error() -> None:
         trainer(DilocoStrategy(2, 4, algorithm=Nobody()), max_steps=5).fit(Net(), loader())
 
 
+@pytest.mark.slow
 def test_codecs_pack_every_arrival(tmp_path: Path) -> None:
     settings = {"algorithm": DelayedNesterov(), "cluster": cluster(FAST)}
     plain, same = train(tmp_path, **settings), train(tmp_path, codec=Identity(), **settings)
@@ -931,6 +935,7 @@ def test_codecs_pack_every_arrival(tmp_path: Path) -> None:
     assert coded.bytes < plain.bytes / 4
 
 
+@pytest.mark.slow
 def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jsonargparse")
     monkeypatch.setattr(sys, "argv", ["python -m lightning_diloco"])

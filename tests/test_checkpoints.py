@@ -237,8 +237,9 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-@pytest.mark.parametrize("name", slow_but({"weighted"}, DATA))
+@pytest.mark.parametrize("name", DATA)
 def test_every_kind_of_loader_goes_on_where_it_was(name: str) -> None:
     undisturbed, journal, _ = run(DATA[name], [])
     run(DATA[name], [Save("on_train_batch_end", {2, 3, 7, 9})])
@@ -248,11 +249,12 @@ def test_every_kind_of_loader_goes_on_where_it_was(name: str) -> None:
         assert_equal(resumed, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hook",
     ["on_train_epoch_end", "on_validation_start", "on_validation_batch_end", "on_validation_end", "on_train_batch_end"],
 )
-@pytest.mark.parametrize("limit", slow_but([{}], [{}, {"max_steps": 14}, {"max_steps": 13, "max_epochs": -1}]), ids=str)
+@pytest.mark.parametrize("limit", [{}, {"max_steps": 14}, {"max_steps": 13, "max_epochs": -1}], ids=str)
 def test_the_boundary_between_epochs(limit: dict[str, int], hook: str) -> None:
     """With `max_steps` Lightning itself runs an empty epoch after a file of a complete one, and skips its data."""
     undisturbed, journal, _ = run({}, [], **limit)
@@ -301,6 +303,7 @@ def test_a_plain_run_adds_nothing_to_its_files() -> None:
 # -------------------------------------------------------------------------------------------- other N, other H
 
 
+@pytest.mark.slow
 def test_h_may_change_and_the_round_ends_at_the_next_multiple_counted_from_its_start() -> None:
     from lightning_diloco import DilocoCallback
 
@@ -316,6 +319,7 @@ def test_h_may_change_and_the_round_ends_at_the_next_multiple_counted_from_its_s
         assert steps == expected
 
 
+@pytest.mark.slow
 def test_n_may_change_at_a_synchronisation_only() -> None:
     run({}, [Save("on_train_batch_end", {7, 8})])
     with pytest.raises(ValueError) as caught:
@@ -342,6 +346,7 @@ def test_n_may_change_at_a_synchronisation_only() -> None:
         assert result["counters"][0] > 8
 
 
+@pytest.mark.slow
 def test_another_seed_goes_on_with_the_files_streams_and_the_files_shards() -> None:
     undisturbed, _, _ = run({}, [])
     run({}, [Save("on_train_batch_end", {6})])
@@ -584,6 +589,7 @@ def test_the_ways_on_that_the_error_names() -> None:
 # -------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_files_of_other_strategies_start_all_workers_from_them_and_ours_resume_elsewhere() -> None:
     module = Project()
@@ -624,6 +630,7 @@ def damaged(change: Any) -> str:
     return "damaged.ckpt"
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_files_are_refused_and_leave_the_run_untouched() -> None:
     run({}, [Save("on_train_batch_end", {7})])
 

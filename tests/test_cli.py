@@ -169,6 +169,7 @@ def test_the_guides_cluster_and_availability_in_yaml(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- what it says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_print_config_comes_back_as_it_was(path: Path, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("sklearn")
@@ -184,6 +185,7 @@ def test_print_config_comes_back_as_it_was(path: Path, tmp_path: Path, capsys: A
     assert arguments["diloco_interval"] == given["diloco_interval"]
 
 
+@pytest.mark.slow
 def test_a_misspelt_key_is_refused_with_its_name(tmp_path: Path, capsys: Any) -> None:
     said = refusal(capsys, BORING, f"{STRATEGY}=DilocoStrategy", f"{STRATEGY}.diloco_intervall=5")
     assert "Option 'diloco_intervall' is not accepted" in said
@@ -230,6 +232,7 @@ SHORT = {  # what makes a configuration quick, without changing what it is about
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_configurations_run(path: Path) -> None:
     pytest.importorskip("sklearn")

@@ -448,6 +448,7 @@ def test_padding_never_enters_statistics():
     assert torch.equal(through(TopK(16, 16, Statistical(3)), x), through(Statistical(3), x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.3, 0.75, 1.0])
 def test_randomk_sends_each_element_equally_often(fraction):
     x, draws = torch.ones(10), 1500

@@ -58,6 +58,7 @@ class Curve(L.Callback):
             self.val.append(float(trainer.callback_metrics["val_loss"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("arguments", [None, {"num_nodes": 3, "diloco_interval": 4}], ids=["plain", "diloco"])
 def test_a_run_is_the_run_of_a_script_bit_for_bit(arguments: Any, accumulate: int) -> None:
@@ -460,6 +461,7 @@ def test_a_damaged_file_is_named() -> None:
         quiet(runs={"a": "plain"})
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(capsys: Any) -> None:
     with pytest.raises(RuntimeError) as caught:
         quiet(Failing, seeds=3, runs={"a": "plain", "b": DILOCO})

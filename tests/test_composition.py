@@ -107,7 +107,8 @@ def assert_goes_on(resumed: Run, whole: Run, step: int, measured: float = 0.0) -
     assert_same_reports(resumed.reports, [r for r in whole.reports if r.step > step], measured)
 
 
-@pytest.mark.parametrize("step", slow_but([7, 9], range(1, 19)))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 19))
 def test_a_run_resumes_at_every_step(step: int, tmp_path: Path) -> None:
     """Fragment 0 is on its way after steps 6, 7, 12, 13 and 18, fragment 1 after 9, 10, 15 and 16."""
     whole = composed(tmp_path, callbacks=[Save([step], tmp_path)])
@@ -245,7 +246,7 @@ def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_command_line")
-@pytest.mark.parametrize("name", slow_but({"composition"}, NAMED))
+@pytest.mark.parametrize("name", NAMED)
 def test_yaml_gives_the_same_run_as_python(name: str, tmp_path: Path) -> None:
     strategy = command_line.main(["fit", config(tmp_path, name), *QUIET]).trainer.strategy
     assert isinstance(strategy, DilocoStrategy)
@@ -256,6 +257,7 @@ def test_yaml_gives_the_same_run_as_python(name: str, tmp_path: Path) -> None:
     assert (strategy.local_steps, strategy.outer_steps) == run.steps
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_command_line")
 @pytest.mark.parametrize("name", NAMED)
 def test_yaml_comes_back_as_it_was(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import cloudpickle
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, slow_but, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -93,6 +93,7 @@ class Copying(L.Callback):
         self.keep("teardown", trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_made_at_any_time_is_a_fresh_strategy_with_the_same_settings(how: str) -> None:
     strategy = DilocoStrategy(**SETTINGS)
@@ -194,7 +195,8 @@ class Rows:
         return iter(loader())
 
 
-@pytest.mark.parametrize("num_nodes", slow_but([3], [1, 3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("num_nodes", [1, 3])
 @pytest.mark.parametrize("make", [loader, lambda: Iterates(regression_data(), 4), Rows])
 def test_a_trainer_can_be_copied_while_batches_are_read(make: Any, num_nodes: int) -> None:
     def run(*callbacks: Any) -> Any:

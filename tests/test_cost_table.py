@@ -54,6 +54,7 @@ def test_a_hand_written_loop_and_the_workers_train_alike(benchmark: Any, monkeyp
     assert [size for _, size in seen] == by_hand == [workloads.BATCH] * 3 * (workloads.WARM_UP + 2)
 
 
+@pytest.mark.slow
 def test_the_rows_of_steps(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = benchmark("steps")
     monkeypatch.setattr(steps, "CASES", [replace(steps.CASES[0], steps=2, workers=2)])
@@ -104,7 +105,7 @@ def test_what_a_worker_holds_is_in_the_figures_of_memory(benchmark: Any) -> None
     found = memory.measure(2, 2, 8, ("--megabytes", "0.3", "--layers", "1", "--width", "32", "--heads", "2"))
     assert 3 * found["model"] < found["worker"] < 3.01 * found["model"]
     for moment in ("bare", "before"):  # the process may have given memory back in between
-        assert 0 < found[moment] <= found["peak"]
+        assert 0 < found[moment] <= found["peak"] + 2**20  # Linux counts pages in batches
     assert found["step"] > 0
 
 

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_diloco import DeMo
 
 
+@pytest.mark.slow
 def test_every_step_has_the_length_of_the_learning_rate(tmp_path: Path) -> None:
     """lr 0.05 by its sign for every weight, clipped before or not."""
     for clip in (None, 0.01):

@@ -9,6 +9,7 @@ from family import Layers, assert_same_run, start, train
 from lightning_diloco import DesLoc, PeriodicAveraging
 
 
+@pytest.mark.slow
 def test_des_loc_without_moments_is_periodic_averaging_bit_for_bit(tmp_path: Path) -> None:
     make = partial(Layers, "adamw")
     assert_same_run(
@@ -17,6 +18,7 @@ def test_des_loc_without_moments_is_periodic_averaging_bit_for_bit(tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_des_loc_leaves_counters_alone_and_wants_moments(tmp_path: Path) -> None:
     ours = train(tmp_path, algorithm=DesLoc(6, 12), make=partial(Layers, "adamw"), steps=12)
     size = 8 * sum(p.numel() for p in start().parameters())

@@ -9,12 +9,13 @@ import pytest
 import torch
 from cases import HALF
 from family import INTERVAL, STEPS, TOLERANCE, WORKERS, Breaks, Layers, difference, start, train, unequal
-from helpers import assert_equal, slow_but
+from helpers import assert_equal
 
 from lightning_diloco import Delayed, Diloco, DropOut, Eager, Sparta, Table
 from lightning_diloco.engine.engine import Engine
 
 
+@pytest.mark.slow
 def test_eager_with_one_worker_is_diloco_bit_for_bit(tmp_path: Path) -> None:
     for steps in (STEPS, 2 * INTERVAL):
         settings: dict[str, Any] = {"num_workers": 1, "steps": steps, "make": partial(Layers, "adamw")}
@@ -24,6 +25,7 @@ def test_eager_with_one_worker_is_diloco_bit_for_bit(tmp_path: Path) -> None:
         assert_equal(ours.module, plain.module)
 
 
+@pytest.mark.slow
 def test_eager_workers_agree_in_the_end_under_sgd(tmp_path: Path) -> None:
     """Everybody has applied the sum of all mean Δ, in another order; nothing is lost on the way, dropped or not."""
     some = {"participation": Table({INTERVAL: [0, 2], 2 * INTERVAL: [1, 2, 3]})}
@@ -34,7 +36,8 @@ def test_eager_workers_agree_in_the_end_under_sgd(tmp_path: Path) -> None:
             assert difference(ours.workers[w], ours.workers[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("make", slow_but([Delayed], [Delayed, Eager]))
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Delayed, Eager])
 def test_overlapped_rounds_go_on_without_workers_that_are_left_out(make: Any, tmp_path: Path) -> None:
     """A worker that takes no part in step 6 goes on from where it is."""
     ours = train(tmp_path, algorithm=make(), participation=Table({INTERVAL: [0, 1, 3]}))
@@ -55,6 +58,7 @@ def test_overlapped_rounds_go_on_without_workers_that_are_left_out(make: Any, tm
     assert nobody.reports == []
 
 
+@pytest.mark.slow
 def test_overlapped_rounds_send_what_diloco_sends(tmp_path: Path) -> None:
     plain = train(tmp_path, algorithm=Diloco())
     for make in (Delayed, Eager):

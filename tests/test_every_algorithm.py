@@ -353,6 +353,7 @@ def test_clipping_that_cannot_be_served_is_refused(name: str, tmp_path: Path) ->
 # -------------------------------------------------------------------------------------------------------- accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_two_half_batches_are_a_whole_one(name: str, tmp_path: Path) -> None:
     case = ALGORITHMS[name].case
@@ -369,6 +370,7 @@ def test_two_half_batches_are_a_whole_one(name: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ a NaN worker
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Worker 1 is left out")
 @pytest.mark.parametrize("name", ALL)
 def test_without_a_worker_that_is_not_finite_the_others_go_on(name: str, tmp_path: Path) -> None:
@@ -409,6 +411,7 @@ def test_without_a_worker_that_is_not_finite_the_others_go_on(name: str, tmp_pat
 # -------------------------------------------------------------------------------------------- resume, several processes
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_resumes_with_what_is_under_way(name: str, tmp_path: Path) -> None:

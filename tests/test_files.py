@@ -46,6 +46,7 @@ def raising(number: int, only: Any = lambda *_: True, function: Any = None) -> A
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_no_scan_of_lightnings_finds_a_file_under_way(tmp_path: Path) -> None:
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=4)

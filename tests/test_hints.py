@@ -223,6 +223,7 @@ def test_machines_of_a_cluster_environment(monkeypatch: pytest.MonkeyPatch) -> N
 # -------------------------------------------------------------------------------------------- when and to whom
 
 
+@pytest.mark.slow
 def test_each_once_per_process() -> None:
     for expected in (2, 0):
         uneven = parts(30, 12)
@@ -255,6 +256,7 @@ class Tunable(Net):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+@pytest.mark.slow
 def test_a_tuners_trial_is_not_the_run() -> None:
     """A trial of 20 steps would be shorter than a round; the run isn't."""
     finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)

@@ -72,6 +72,7 @@ def test_a_sync_at_every_step_is_data_parallel_training(num_workers, momentum):
 # -------------------------------------------------------------------------------------------- 3: workers alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [NESTEROV, {"lr": 1.0}], ids=["nesterov", "mean"])
 def test_workers_with_the_same_data_are_one_worker(outer):
     """3. Same data and seed on all workers ⇒ result independent of N. (Here bit for bit, float32, AdamW, BatchNorm.)"""

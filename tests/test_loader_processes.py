@@ -24,6 +24,7 @@ class Where(Numbers):
         return [os.getpid(), -1 if info is None else info.num_workers, torch.initial_seed() % 2**53]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_one_pool_of_processes_serves_all_workers(persistent):
     others = child_processes()
@@ -77,6 +78,7 @@ def test_seed_workers_makes_all_randomness_in_datasets_reproducible():
         assert not {*values} & {row[column] for row in runs[2]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -94,6 +94,7 @@ def test_one_workers_loaders_of_other_kinds_are_the_users_own(make):
     assert all(now is then for now, then in zip(CombinedLoader(during).flattened, before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanity_steps", [0, 2])  # set up after the training loader, or before
 def test_validation_loaders_are_untouched(sanity_steps):
     loaders = [DataLoader(Numbers(5), 2), DataLoader(Numbers(3), 1, num_workers=2), DataLoader(Stream(4), 3), Rows(1)]

@@ -241,6 +241,7 @@ def test_values_of_each_worker(workers: int) -> None:
         assert memory.of("only_one_step/worker_0") == []
 
 
+@pytest.mark.slow
 def test_per_worker_values_follow_log_every_n_steps_and_are_off_by_default() -> None:
     _, memory = fit(Logs(), callbacks=[DilocoCallback(per_worker=True)], log_every_n_steps=2)
     assert [step for step, _ in memory.of("sum_step/worker_1")] == [1, 3]

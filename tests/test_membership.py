@@ -264,6 +264,7 @@ def test_resumed_in_any_step(name: str, tmp_path: Path) -> None:
             assert getattr(last, field) == getattr(of_whole, field), f"{field}, resumed in step {step}"
 
 
+@pytest.mark.slow
 def test_resumed_from_a_file_between_a_join_and_its_step(tmp_path: Path) -> None:
     class Early(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:

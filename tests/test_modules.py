@@ -181,6 +181,7 @@ def test_a_parameter_that_is_replaced_between_steps_is_followed() -> None:
     assert not torch.equal(module.net[0].bias, torch.full((8,), 0.25))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_submodules_are_not_recompiled_per_worker() -> None:
     frames = []

@@ -58,6 +58,7 @@ def test_gossip_survives_a_worker_that_is_not_finite(tmp_path: Path) -> None:
     assert all(torch.isfinite(t).all() for t in ours.module.values())
 
 
+@pytest.mark.slow
 def test_slow_weights_reach_whom_delta_has_reached_uncoded(tmp_path: Path) -> None:
     ours = train(tmp_path, algorithm=NoLoCo(), participation=DropOut(0.4), codec=FP4(), interval=2)
     assert len(ours.reports) >= 12

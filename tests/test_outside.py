@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, loader, regression_data, slow_but, trainer
+from helpers import Net, assert_same, copy_of, loader, regression_data, trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from observers import Probe
 from torch import nn
@@ -85,7 +85,8 @@ def test_a_parameter_frozen_between_steps_leaves_the_outer_optimizer() -> None:
     assert delta == [4 * 41, 4 * 9, 4 * 9]
 
 
-@pytest.mark.parametrize("automatic", slow_but([True], [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("automatic", [True, False])
 def test_learning_rates_and_schedulers_changed_in_validation_hooks_are_everybodys(automatic: bool) -> None:
     class Halves(Net):
         def __init__(self) -> None:

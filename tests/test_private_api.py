@@ -34,6 +34,7 @@ def imports(path: Path) -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_only_the_shell_imports_lightning() -> None:
     for path in PACKAGE.rglob("*.py"):
         lightning = {m for m, _ in imports(path) if m.split(".")[0] in ("lightning", "pytorch_lightning")}
@@ -156,6 +157,7 @@ def adapters() -> list[Path]:
     return [path for path in sorted((PACKAGE / "_lightning").glob("*.py")) if path.name != "surface.py"]
 
 
+@pytest.mark.slow
 def test_every_private_name_in_use_is_in_the_tables() -> None:
     of_lightning: set[str] = set()
     for part in ("pytorch", "fabric"):

@@ -54,6 +54,7 @@ def test_rounds_of_a_run_of_known_length() -> None:
     assert accumulating == ["0/2"] + ["1/2"] * 6 + ["2/2"] * 5 + ["2/2"]
 
 
+@pytest.mark.slow
 def test_the_length_of_a_run_may_be_unknown() -> None:
     class Stream(IterableDataset):
         def __iter__(self) -> Any:

@@ -23,7 +23,7 @@ from family import (
     train,
     unequal,
 )
-from helpers import assert_equal, slow_but
+from helpers import assert_equal
 from torch import Tensor
 
 from lightning_diloco import (
@@ -199,6 +199,7 @@ def robust(rule: Aggregate, algorithm: SyncAlgorithm | None = None, bad: Sequenc
     return Robust(Corrupt(algorithm, bad) if bad else algorithm, rule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm", [Diloco, partial(StreamingDiloco, 2, delay=2), DataParallel], ids=["diloco", "streaming", "gradients"]
 )
@@ -294,7 +295,8 @@ def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
         assert_same_run(result, train(tmp_path, **make()), measured=1e-9)
 
 
-@pytest.mark.parametrize("name", slow_but({"clipping"}, COMPOSED))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPOSED)
 def test_a_run_resumes(name: str, tmp_path: Path) -> None:
     whole = train(tmp_path, **COMPOSED[name](), callbacks=[Save([INTERVAL + 1], tmp_path)])
     file = tmp_path / f"{INTERVAL + 1}.ckpt"

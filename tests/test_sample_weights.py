@@ -30,7 +30,7 @@ from family import (
     start,
     train,
 )
-from helpers import Net, assert_equal, loader, regression_data, slow_but, trainer
+from helpers import Net, assert_equal, loader, regression_data, trainer
 from loaders import Numbers, Ragged, Rows, Stream
 from oracles import DataParallel as DataParallelOracle
 from oracles import Oracle
@@ -134,7 +134,8 @@ def test_the_back_ends_sum_agrees_with_the_oracle(tmp_path: Path) -> None:
     assert_agrees(run, CASES["diloco"][1]())
 
 
-@pytest.mark.parametrize("step", slow_but([5], [5, 6, 14]))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 6, 14])
 def test_a_run_resumes(step: int, tmp_path: Path) -> None:
     whole = train(tmp_path, callbacks=[Save([step], tmp_path)], **weighted("diloco"))
     resumed = train(tmp_path, resume=tmp_path / f"{step}.ckpt", seed=99, **weighted("diloco"))
@@ -154,6 +155,7 @@ def test_a_run_with_other_weights_is_not_resumed(tmp_path: Path) -> None:
     assert "`weights` is uniform in the file and samples now." in str(caught.value)
 
 
+@pytest.mark.slow
 def test_files_from_before_the_argument_are_uniform(tmp_path: Path) -> None:
     whole = train(tmp_path, callbacks=[Save([4], tmp_path)])
     file = torch.load(tmp_path / "4.ckpt", weights_only=True)
@@ -312,6 +314,7 @@ def test_a_loader_that_is_made_again_is_weighed_again() -> None:
 # ------------------------------------------------------------------------------------------------- without a partition
 
 
+@pytest.mark.slow
 def test_shards_without_a_partition_are_equal(tmp_path: Path) -> None:
     assert_same_run(train(tmp_path, weights="samples"), train(tmp_path))
 
@@ -323,6 +326,7 @@ class Batches:
         return iter(loader())
 
 
+@pytest.mark.slow
 def test_a_single_worker_is_not_weighed(tmp_path: Path) -> None:
     for more in ({}, {"outer_optimizer_kwargs": {"lr": 1.0}}):
         assert_same_run(train(tmp_path, 1, weights="samples", **more), train(tmp_path, 1, **more))

@@ -94,6 +94,7 @@ def test_a_custom_sampler_with_drop_last_and_without_batches(sampler, drop_last,
     assert model.seen == shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["weighted", "subset", "own class", "own class, drawing at once", "own class without len"]
 )

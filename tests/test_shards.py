@@ -70,6 +70,7 @@ def test_seed_everything_goes_before_torchs_seed():
     assert fit(DataLoader(Numbers(20), 4, shuffle=True)).seen == ddp(Numbers(20), seed=41, batch_size=4)
 
 
+@pytest.mark.slow
 def test_a_second_fit_of_the_same_trainer_goes_on_with_the_next_epochs():
     L.seed_everything(41, verbose=False)
     for loader_processes in (0, 2):

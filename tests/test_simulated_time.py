@@ -9,7 +9,7 @@ import pytest
 import torch
 from event_simulation import EventSimulation
 from family import Layers, Save, assert_same_run, several, train
-from helpers import Net, loader, regression_data, slow_but, trainer
+from helpers import Net, loader, regression_data, trainer
 from said import said
 
 from lightning_diloco import (
@@ -243,12 +243,14 @@ def test_two_processes_tell_the_same_time(tmp_path: Path) -> None:
         assert spent(two) == spent(train(tmp_path, **settings))
 
 
-@pytest.mark.parametrize("name", slow_but(["diloco"], SETTINGS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_clock_changes_no_bit(name: str, tmp_path: Path) -> None:
     without = {key: value for key, value in SETTINGS[name].items() if key != "cluster"}
     assert_same_run(train(tmp_path, **SETTINGS[name]), train(tmp_path, **without))
 
 
+@pytest.mark.slow
 def test_a_file_without_a_clock_begins_one(tmp_path: Path) -> None:
     """A transfer that is under way in the file arrives without a wait: nobody knows when it began."""
     options: dict[str, Any] = {"algorithm": StreamingDiloco(2, delay=3)}
@@ -258,6 +260,7 @@ def test_a_file_without_a_clock_begins_one(tmp_path: Path) -> None:
     assert rest.reports[0].simulated_seconds == pytest.approx(2 * STEP, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_another_cluster_goes_on_from_the_files_time(tmp_path: Path) -> None:
     whole = train(tmp_path, callbacks=[Save([12], tmp_path)], cluster=cluster())
     rest = train(tmp_path, resume=tmp_path / "12.ckpt", cluster=cluster(step_seconds=10 * STEP))

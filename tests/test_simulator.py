@@ -59,6 +59,7 @@ class Handmade(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+@pytest.mark.slow
 def test_it_is_the_run_that_you_would_write_by_hand() -> None:
     """Bit for bit, although the facade evaluates, calls hooks and writes files on the way."""
     s = trained(eval_dataset=classes(50, seed=1), save_dir="files", ckpt_interval=1, **Log().hooks())
@@ -74,6 +75,7 @@ def test_it_is_the_run_that_you_would_write_by_hand() -> None:
         assert_same(s.strategy.worker_state_dict(worker), strategy.worker_state_dict(worker))
 
 
+@pytest.mark.slow
 def test_the_table_of_the_guide_spells_the_same_run() -> None:
     """Every row of it at once; the cosine is computed in another way there, so not bit for bit."""
     log, losses, data = Log(), {}, classes(90)  # 8 steps per pass, of which the last is short: 15 in two passes

@@ -113,6 +113,7 @@ def test_train_dataset() -> None:
     assert not torch.equal(trained(train_dataset=data).model.net[0].weight, trained().model.net[0].weight)
 
 
+@pytest.mark.slow
 def test_eval_dataset_and_eval_iters_take_the_first_batches_of_the_outer_model() -> None:
     """Against a plain loop over the file's weights; a short last batch counts by its samples."""
     for eval_iters, samples in ((2, 8), (50, 14), (4, 14), (3, 12)):
@@ -169,6 +170,7 @@ def test_ckpt_interval_and_save_dir() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_outer_optimizer_cls_and_outer_optimizer_kwargs() -> None:
     def outer(**arguments: Any) -> torch.optim.Optimizer:
         return trained(**arguments).strategy.outer_optimizer

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import assert_same, copy_of, slow_but
+from helpers import assert_same, copy_of
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from simulators import QUIET, Classifier, Log, classes, simulator, trained, weights
@@ -18,9 +18,8 @@ from lightning_diloco import DilocoSimulator
 from lightning_diloco.simulator.module import SimulatorModule
 
 
-@pytest.mark.parametrize(
-    "file", slow_but(["step=000008.ckpt"], ["step=000004.ckpt", "step=000008.ckpt", "step=000012.ckpt"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["step=000004.ckpt", "step=000008.ckpt", "step=000012.ckpt"])
 def test_a_resumed_run_is_the_uninterrupted_one(file: str) -> None:
     """Bit for bit: weights, every number that hooks get, and the files that follow."""
     arguments = {

@@ -124,8 +124,9 @@ class Shortened(IterableDataset):
         return iter(draw()[:9])
 
 
-@pytest.mark.parametrize("long", slow_but([Iterable], [Iterable, lambda: DataLoader(Numbers(60), 2, shuffle=True)]))
-@pytest.mark.parametrize("name", slow_but(["iterable"], SHORT))
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [Iterable, lambda: DataLoader(Numbers(60), 2, shuffle=True)])
+@pytest.mark.parametrize("name", SHORT)
 def test_shorter_loaders_go_on_after_they_have_begun_again(name, long, tmp_path):
     def both() -> Any:
         return CombinedLoader({"long": long(), "short": SHORT[name]()}, "max_size_cycle")

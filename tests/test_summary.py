@@ -81,6 +81,7 @@ def test_the_lines_of_a_fit() -> None:
     assert 14 * PARAMETERS == 2296
 
 
+@pytest.mark.slow
 def test_the_last_line_says_where_the_time_went() -> None:
     class Slow(Net):
         def training_step(self, *args: Any) -> Any:
@@ -97,7 +98,7 @@ def test_the_last_line_says_where_the_time_went() -> None:
     )
     inner, outer, evaluation, rate = map(float, found.groups())
     assert 20 / took <= rate <= 1 / 0.03
-    assert 2 * 10 * 0.03 <= inner + 0.05 <= took
+    assert 2 * 10 * 0.03 - 0.05 <= inner <= took + 0.05  # rounded to a tenth
     assert outer + evaluation <= took - 2 * 10 * 0.03 + 0.1
 
 

@@ -101,6 +101,7 @@ def test_weights_swapped_in_and_out_leave_training_as_it_was(swap: str, back: st
         assert_same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_weights", ["outer", "worker"])
 def test_so_it_is_whatever_weights_the_validation_saw(eval_weights: Any) -> None:
     callback = Average("on_validation_start", "on_train_epoch_start", "data", saves=False)
@@ -153,6 +154,7 @@ def test_a_write_just_before_a_validation_reaches_every_worker() -> None:
     assert seen == [([7.0], [pytest.approx(0.2)])] * 3
 
 
+@pytest.mark.slow
 def test_an_average_swapped_in_before_a_validation_and_out_inside_it_leaves_training_as_it_was() -> None:
     class Swaps(Average):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -167,6 +169,7 @@ def test_an_average_swapped_in_before_a_validation_and_out_inside_it_leaves_trai
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_weights_of_the_last_validation_written_back_steps_later_change_nothing_and_that_is_said() -> None:
     class Reloads(L.Callback):
         def on_validation_end(self, trainer, pl_module):

@@ -88,6 +88,7 @@ def test_every_tag_has_the_right_steps_and_values(tmp_path: Path) -> None:
     assert [s for s, _ in points(events, "diloco/drift")] == [2, 5, 7]
 
 
+@pytest.mark.slow
 def test_with_a_codec_and_drop_out_and_in_fragments(tmp_path: Path) -> None:
     check_board(
         train(tmp_path / "codec", make=lambda: {"codec": Cast("bf16")}),

@@ -1,6 +1,7 @@
 """Are the tests as .github/CONTRIBUTING.md says: shared things in helper modules, and what starts processes marked?"""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,18 @@ STARTS = {
 MARKS = {"pytest.mark.processes", "pytest.mark.third_party"}
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def marks(nodes: list[ast.expr]) -> set[str]:
     return {ast.unparse(n) for expression in nodes for n in ast.walk(expression) if isinstance(n, ast.Attribute)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_nothing_is_imported_from_a_test_file(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         imported += [a.name for a in node.names] if isinstance(node, ast.Import) else []
         for name in imported:
@@ -28,7 +34,7 @@ def test_nothing_is_imported_from_a_test_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("test_")], ids=lambda path: path.stem)
 def test_tests_that_start_processes_are_marked(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     starters = {f"{module}.{name}" for module, names in STARTS.items() for name in names}
     of_file: set[str] = set()
     for node in tree.body:

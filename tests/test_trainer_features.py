@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, differs, loader, regression_data, slow_but, trainer
+from helpers import Net, assert_same, copy_of, differs, loader, regression_data, trainer
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
@@ -311,12 +311,13 @@ def plain(name: str) -> tuple[dict[str, torch.Tensor], int]:
     return copy_of(module.state_dict()), t.global_step
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.filterwarnings("ignore:.*SWA.*")
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")
 @pytest.mark.filterwarnings("ignore:The `srun` command")
-@pytest.mark.parametrize("run_with", slow_but(["N=1", "N=3"], ["plain", "N=1", "N=3"]))
-@pytest.mark.parametrize("name", slow_but(QUICK, FEATURES))
+@pytest.mark.parametrize("run_with", ["plain", "N=1", "N=3"])
+@pytest.mark.parametrize("name", FEATURES)
 def test_feature(name: str, run_with: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feature = FEATURES[name]
     if run_with == "N=3":

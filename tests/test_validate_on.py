@@ -196,6 +196,7 @@ def test_everything_else_is_as_without(tmp_path: Path) -> None:
     assert_equal(without, on)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_progress_bars_live_through_further_runs(bar: Any, capsys: pytest.CaptureFixture[str]) -> None:
     class Slow(Validates):
@@ -209,6 +210,7 @@ def test_progress_bars_live_through_further_runs(bar: Any, capsys: pytest.Captur
     assert "val_loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_worker_and_the_plain_run() -> None:
     for options in ({}, {"outer_optimizer_kwargs": {"lr": 1.0}}):
         weights = []

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers import Net, assert_same, copy_of, differs, loader, regression_data, slow_but, trainer
+from helpers import Net, assert_same, copy_of, differs, loader, regression_data, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from observers import Probe
 from torch import nn
@@ -47,7 +47,8 @@ def test_between_steps_the_module_holds_theta_in_its_own_tensors_without_gradien
     assert all(type(p) is nn.Parameter for p in module.parameters())
 
 
-@pytest.mark.parametrize("which", slow_but(["outer"], ["average", "outer", "worker"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["average", "outer", "worker"])
 def test_validation_and_checkpoints_see_eval_weights(which: str, tmp_path: Any) -> None:
     strategy = DilocoStrategy(num_nodes=3, diloco_interval=5, eval_weights=which)
     seen: list[Any] = []

@@ -47,6 +47,7 @@ class SlowFirst(Numbers):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 @pytest.mark.parametrize("partition", [tens, None])
 def test_processes_that_answer_out_of_order_dont_mix_the_shards(kind, partition):
