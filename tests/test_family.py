@@ -338,7 +338,6 @@ NOTHING_LOST: dict[str, Callable[[], dict[str, Any]]] = {
 }
 # a TopK that sends all doesn't know that it loses nothing, and θ − mean Δ isn't the mean to the last bit
 PAIRS = [(Identity(), name) for name in NOTHING_LOST] + [(TopK(16, 16), name) for name in list(NOTHING_LOST)[:3]]
-QUICK_PAIRS = [(Identity(), "mean"), (Identity(), "streaming")]
 
 
 @pytest.mark.slow
