@@ -50,10 +50,12 @@ LONG: dict[str, Any] = {"eval_dataset": classes(20), "num_nodes": 2, "num_epochs
 
 
 @pytest.fixture(scope="module")
-def long_run() -> tuple[DilocoSimulator, History]:
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DilocoSimulator, History]:
     """600 steps, whose history is more than a pipe holds, in one process."""
-    s = simulator(**LONG)
-    return s, s.train()
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(tmp_path_factory.mktemp("long_run"))
+        s = simulator(**LONG)
+        return s, s.train()
 
 
 @pytest.mark.processes
@@ -256,14 +258,13 @@ def run(**arguments: Any) -> DilocoSimulator:
     return s
 
 
-@pytest.mark.usefixtures("_copies")
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 @pytest.mark.parametrize(
     "devices",
     [
         1,
         pytest.param(("fork", 2), marks=pytest.mark.processes),
-        pytest.param(("spawn", 2), marks=pytest.mark.processes),
+        pytest.param(("spawn", 2), marks=[pytest.mark.processes, pytest.mark.slow]),
     ],
 )
 def test_a_quiet_run_says_nothing(

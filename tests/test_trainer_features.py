@@ -301,9 +301,6 @@ def run(feature: Feature, strategy: Any) -> tuple[Any, Any]:
     return t, module
 
 
-QUICK = {"checkpoint every epoch, last", "early stopping", "lr monitor", "EMA", "accumulation scheduler"}
-
-
 @functools.cache
 def plain(name: str) -> tuple[dict[str, torch.Tensor], int]:
     """The plain Trainer's weights and steps: the first test of a row that asks runs it."""

@@ -103,7 +103,7 @@ def _ratio(norms: Sequence[float], norm: float, weights: Sequence[float]) -> flo
 
 @torch.no_grad()
 def scalars_of(tensors: Mapping[str, Tensor], mean: Mapping[str, Tensor], layers: Mapping[str, str]) -> Scalars:
-    """‖x_i‖² and ⟨x_i, x⟩ of a participant, layer by layer, summed in float64.
+    """‖x_i‖² and ⟨x_i, x⟩ of a participant, layer by layer, as ``statistics.py`` sums.
 
     Args:
         tensors: name → tensor of the participant.
