@@ -160,11 +160,15 @@ def _exact_products(rows: Tensor) -> Tensor:
     return (exact @ exact.T).cpu()
 
 
+def _product(a: Tensor, b: Tensor, scratch: Tensor) -> float:
+    # torch.sum adds in a tree; a norm in float32 adds element by element, and misses by 1e-5 if all are equal
+    return float(torch.mul(a, b, out=scratch).sum())
+
+
 def _square(values: Tensor, scratch: Tensor) -> float:
     """The sum of the squares of a piece, which is not changed."""
     if values.dtype == torch.float32 and values.device.type == "cpu":
-        # torch.sum adds in a tree; a norm in float32 adds element by element, and misses by 1e-5 if all are equal
-        square = float(torch.mul(values, values, out=scratch).sum())
+        square = _product(values, values, scratch)
         if _SMALLEST < square < _LARGEST:
             return square
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
@@ -174,9 +178,9 @@ def products_of_two(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of a piece; errors of ⟨a, b⟩ are relative to ‖a‖ ‖b‖."""
     if a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu":
         scratch = torch.empty_like(a)
-        of_a, of_b = (float(torch.mul(x, x, out=scratch).sum()) for x in (a, b))
+        of_a, of_b = _product(a, a, scratch), _product(b, b, scratch)
         if _SMALLEST < min(of_a, of_b) <= max(of_a, of_b) < _LARGEST:
-            return of_a, float(torch.mul(a, b, out=scratch).sum()), of_b
+            return of_a, _product(a, b, scratch), of_b
     products = _exact_products(torch.stack([a.double(), b.double()]))
     return float(products[0, 0]), float(products[0, 1]), float(products[1, 1])
 

@@ -51,7 +51,12 @@ def main() -> None:
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=[*GROUPS, "parts"], help="a part of the table, or where the time goes")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each figure is measured")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="how often each figure is measured; half as often where processes start, and once with the large model",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure of every repeat")
     args = parser.parse_args()
     quiet()
