@@ -67,8 +67,8 @@ LAYERS = """
     codecs.base codecs.levels codecs.moments codecs.packing codecs.identity codecs.cast codecs.int8 codecs.fp4
     codecs.uniform codecs.statistical codecs.topk codecs.randomk codecs.dct
     codecs.error_feedback codecs
-    comm.tensors comm.means comm.statistics comm.likeness comm.ledger comm.waiting comm.watcher comm.world comm.payloads
-    comm.slices comm.team comm.decoded comm.channel comm.messages
+    comm.tensors comm.means comm.statistics comm.likeness comm.ledger comm.waiting comm.watcher comm.objects comm.world
+    comm.payloads comm.slices comm.team comm.decoded comm.channel comm.messages
     state.randomness state.replicas state.worker state.own_steps state.optimizers state.outer state.policies
     state.live_module state.memory state.checks state.guard
     algorithms.report algorithms.layers algorithms.deltas algorithms.transfer algorithms.machines

@@ -1,7 +1,8 @@
 """The processes of a run: which process hosts which workers, and the collectives between processes.
 
-Owns every call of ``torch.distributed`` except the means and transfers of workers' tensors (``channel.py``). Does not
-start processes (``_lightning/launching.py``). Imports nothing of Lightning.
+Owns every call of ``torch.distributed`` except the means and transfers of workers' tensors (``channel.py``) and the
+gathering of small objects (``objects.py``). Does not start processes (``_lightning/launching.py``). Imports nothing of
+Lightning.
 
 With W processes and N workers either W divides N, and each process hosts N/W workers, or N divides W, and each worker
 is a team of k = W/N processes that average their gradients. Process r hosts the workers from ⌊r/k⌋·N/W on (k = 1), or
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_diloco.comm import means
+from lightning_diloco.comm.objects import gather_objects
 from lightning_diloco.comm.tensors import bytes_of, flat, real_view
 from lightning_diloco.comm.waiting import Among, Waiting
 from lightning_diloco.comm.watcher import Store, Watcher
@@ -122,11 +124,9 @@ class World:
         """
         if self.size == 1:
             return [value]
-        seen: list[Any] = [None] * self.size
         with self.label_errors(f"{where} {detail}".strip()):
-            # all_gather_object alone would time out without a word on who is missing: this barrier tells process 0
-            dist.monitored_barrier(group=self._control, timeout=self._timeout, wait_all_ranks=True)
-            dist.all_gather_object(seen, (where, detail, value), group=self._control)
+            assert self._timeout is not None, "not connected"
+            seen = gather_objects((where, detail, value), self.rank, self.size, self._control, self._timeout)
         if len({place for place, _, _ in seen}) > 1:
             places = "; ".join(f"process {r} is at {f'{at} {more}'.strip()}" for r, (at, more, _) in enumerate(seen))
             raise RuntimeError(
