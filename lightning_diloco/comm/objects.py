@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-HEAD = 2048  # bytes of a message's first part, which has a fixed size; the rest, if any, follows in a second one
+HEAD = 512  # bytes of a message's first part, which has a fixed size; the rest, if any, follows in a second one
 ROOM = HEAD - 8  # after the length
 
 
