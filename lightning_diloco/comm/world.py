@@ -62,6 +62,7 @@ class World:
         self.group: Any = None  # torch's default process group at the time of connect()
         self._timeout: timedelta | None = None
         self._control: Any = None
+        self._gathered = 0
         self._team_group: Any = None
         self._watcher: Watcher | None = None
 
@@ -125,8 +126,10 @@ class World:
         if self.size == 1:
             return [value]
         with self.label_errors(f"{where} {detail}".strip()):
-            assert self._timeout is not None, "not connected"
-            seen = gather_objects((where, detail, value), self.rank, self.size, self._control, self._timeout)
+            assert self._control is not None
+            assert self._timeout is not None
+            number, self._gathered = self._gathered, self._gathered + 1
+            seen = gather_objects((where, detail, value), self.rank, self.size, number, self._control, self._timeout)
         if len({place for place, _, _ in seen}) > 1:
             places = "; ".join(f"process {r} is at {f'{at} {more}'.strip()}" for r, (at, more, _) in enumerate(seen))
             raise RuntimeError(
