@@ -83,7 +83,7 @@ LAYERS = """
     engine.telemetry engine.synchronisation engine.views engine.engine
     partitions.draws partitions.labels partitions.rules partitions
     arguments reporting.metrics reporting.tensorboard reporting.plan reporting.hints
-    reporting.summary callback reporting.progress reporting fit
+    reporting.cores reporting.summary callback reporting.progress reporting fit
     _lightning.reclassed _lightning.surface _lightning.hooks _lightning.hyperparameters _lightning.trainer_state
     _lightning.io _lightning.rounds
     _lightning.grouping _lightning.samplers _lightning.tracing _lightning.reading

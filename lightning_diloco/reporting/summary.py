@@ -4,7 +4,6 @@ Owns the words and the estimates. Numbers come from where they are kept: the eng
 decide whether anything is said (``fit.py``). Imports nothing of Lightning.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
@@ -13,6 +12,7 @@ import torch
 from lightning_diloco.algorithms.diloco import Diloco
 from lightning_diloco.cluster.clock import Clock
 from lightning_diloco.engine.engine import Engine
+from lightning_diloco.reporting.cores import usable_cores
 from lightning_diloco.reporting.plan import Plan
 from lightning_diloco.state.outer import OuterFactory, trial_optimizer
 
@@ -180,11 +180,6 @@ def _on_the_cluster(clock: Clock) -> str:
     parallel = clock.data_parallel
     of_parallel = 100 * (parallel.compute_utilisation or 0.0)
     return f"{line}; data parallelism would have taken {parallel.seconds:,.6g} s, {of_parallel:.3g} %."
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def outer_state(factory: OuterFactory) -> tuple[float, int]:
