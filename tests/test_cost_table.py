@@ -46,7 +46,9 @@ def test_a_hand_written_loop_and_the_workers_train_alike(benchmark: Any, monkeyp
         return loss(self, batch)
 
     monkeypatch.setattr(workloads.Classifier, "loss", counted)
-    assert workloads.looped(workloads.mlp, workloads.images(), 3, 2) > 0
+    marks = workloads.looped(workloads.mlp, workloads.images(), 3, workloads.WARM_UP + 2)
+    assert len(marks) == workloads.WARM_UP + 2
+    assert marks == sorted(marks)
     by_hand = [size for _, size in seen]
     assert len({weight for weight, _ in seen}) == 3
     seen.clear()
@@ -97,6 +99,7 @@ def test_a_step_is_the_fastest_tenth_after_the_warm_up(benchmark: Any) -> None:
     ends = [sum(durations[:k]) for k in range(len(durations) + 1)]
     assert workloads.seconds_per_step(ends) == 5.0
     assert workloads.seconds_per_step(ends[: workloads.WARM_UP + 2]) == 3.0
+    assert workloads.mean_seconds([5.0, 7.0, 13.0]) == 4.0
 
 
 def test_what_a_worker_holds_is_in_the_figures_of_memory(benchmark: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from lightning_diloco import DilocoStrategy
 from tests.benchmarks.rows import Row, result, start
-from tests.benchmarks.workloads import Marks, gpt, looped, quiet, seconds_per_step, text, trainer
+from tests.benchmarks.workloads import WARM_UP, Marks, gpt, looped, quiet, seconds_per_step, text, trainer
 
 WORKERS, STEPS = 4, 24
 WAYS = {"one": (1, "popen", STEPS), "two": (2, "popen", STEPS), "fork": (2, "fork", 1)}
@@ -49,8 +49,8 @@ def lightning(devices: int, method: str, steps: int) -> None:
 
 
 def by_hand() -> None:
-    seconds = looped(gpt, text(), WORKERS // 2, STEPS, clip=1.0, clock=time.perf_counter)
-    print(json.dumps({"step": seconds}), flush=True)
+    marks = looped(gpt, text(), WORKERS // 2, WARM_UP + STEPS, clip=1.0, clock=time.perf_counter)
+    print(json.dumps({"step": seconds_per_step(marks)}), flush=True)
 
 
 def rows(repeats: int) -> Iterator[Row]:

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.benchmarks.rows import Row
-from tests.benchmarks.workloads import cnn, fitted, gpt, images, local_steps, looped, mlp, text
+from tests.benchmarks.workloads import (
+    WARM_UP,
+    cnn,
+    fitted,
+    gpt,
+    images,
+    local_steps,
+    looped,
+    mlp,
+    seconds_per_step,
+    text,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ def rows(repeats: int) -> Iterator[Row]:
 
         def measure(which: str, case: Case = case, n: int = n, data: Any = data, options: Any = options) -> float:
             if which == "by hand":
-                return looped(case.make, data, n, case.steps, case.clip)
+                return seconds_per_step(looped(case.make, data, n, WARM_UP + case.steps, case.clip))
             strategy, steps = ("auto", n * case.steps) if which == "plain" else (local_steps(n), case.steps)
             return (n if which == "plain" else 1) * fitted(case.make(), data, strategy, steps, **options)
 

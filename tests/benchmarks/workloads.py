@@ -107,6 +107,11 @@ def seconds_per_step(marks: list[float]) -> float:
     return steps[len(steps) // 10]
 
 
+def mean_seconds(marks: list[float]) -> float:
+    """From end to end without the first step, the mean: a long step is compared with as long a time of short ones."""
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
 def fitted(
     module: L.LightningModule, data: Iterable[Any], strategy: str | DilocoStrategy, steps: int, **options: Any
 ) -> float:
@@ -128,12 +133,12 @@ def looped(
     steps: int,
     clip: float = 0.0,
     clock: Any = time.process_time,
-) -> float:
-    """Seconds that a step of ``workers`` models takes in plain PyTorch, batches included."""
+) -> list[float]:
+    """The time at the end of every step of ``workers`` models in plain PyTorch, batches included."""
     models = [make() for _ in range(workers)]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in models]
     batches, marks = iter(()), []
-    for _ in range(WARM_UP + steps):
+    for _ in range(steps):
         for model, optimizer in zip(models, optimizers, strict=True):
             batch = next(batches, None)
             if batch is None:
@@ -145,4 +150,4 @@ def looped(
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
         marks.append(clock())
-    return seconds_per_step(marks)
+    return marks
