@@ -3,6 +3,7 @@
 Owns the reading of what the system grants. What is said about it: ``summary.py``. Imports neither torch nor Lightning.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Whole cores, at least 1: those that the process is bound to, or fewer if its control groups have a quota.
 
     A container with a quota (``docker run --cpus=2``, a limit of Kubernetes) sees all cores of the machine, and is
-    stopped for the rest of every period in which it has used up its share.
+    stopped for the rest of every period in which it has used up its share. Quotas are looked for where Linux
+    distributions mount control groups; what can't be read there counts as no quota.
 
     Args:
         root: where ``proc`` and ``sys`` are.
@@ -22,19 +24,32 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """CPU seconds per second, of every control group that the process is in and that has a quota (Linux).
+    """CPU seconds per second, of every control group that the process is in.
 
-    The path of a group is the machine's; a container may see its own group at the top instead.
+    A path counts from the root of the namespace, often the machine's. In a container the group itself may be mounted
+    at the top, so every place on the way up is tried.
     """
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+    try:
+        lines = (root / "proc/self/cgroup").read_text().split("\n")
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        first_version = "cpu" in controllers.split(",")
+        if not (first_version or line.startswith("0::")) or ".." in path.split("/"):  # another's, or out of sight
             continue
-        top = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
+        top = root / ("sys/fs/cgroup/cpu" if first_version else "sys/fs/cgroup")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first_version else ("cpu.max",)
         group = top / path.strip("/")
         for place in (group, *group.parents[: len(group.parts) - len(top.parts)]):
-            files = (place / "cpu.cfs_quota_us", place / "cpu.cfs_period_us") if controllers else (place / "cpu.max",)
-            numbers = " ".join(file.read_text() for file in files if file.exists()).split()
-            if len(numbers) == 2 and numbers[0] not in ("max", "-1"):
-                yield float(numbers[0]) / float(numbers[1])
+            yield _share(place / name for name in names)
+
+
+def _share(files: Iterator[Path]) -> float:
+    """Quota over period; infinite without a quota ("max" or −1)."""
+    try:
+        quota, period = " ".join(file.read_text() for file in files).split()
+        share = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+    return share if share > 0 else math.inf

@@ -111,9 +111,12 @@ class Summary:
 
     def _further_processes(self) -> str:
         """What several processes would bring, where cores are left over."""
-        engine, cores = self._engine, usable_cores()
-        processes = max((k for k in range(1, cores + 1) if engine.num_workers % k == 0), default=1)
-        if engine.world.size > 1 or engine.world.device.type != "cpu" or processes == 1:
+        engine = self._engine
+        if engine.world.size > 1 or engine.world.device.type != "cpu":
+            return ""
+        cores = usable_cores()
+        processes = max(k for k in range(1, cores + 1) if engine.num_workers % k == 0)
+        if processes == 1:
             return ""
         return (
             f"DiLoCo: one process here, and {cores} cores: with `Trainer(devices={processes})` a step takes about"
