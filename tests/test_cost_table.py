@@ -99,7 +99,7 @@ def test_a_step_is_the_fastest_tenth_after_the_warm_up(benchmark: Any) -> None:
     ends = [sum(durations[:k]) for k in range(len(durations) + 1)]
     assert workloads.seconds_per_step(ends) == 5.0
     assert workloads.seconds_per_step(ends[: workloads.WARM_UP + 2]) == 3.0
-    assert workloads.mean_seconds([5.0, 7.0, 13.0]) == 4.0
+    assert workloads.mean_seconds([5.0, 7.0, 8.0, 14.0]) == 3.0
 
 
 def test_what_a_worker_holds_is_in_the_figures_of_memory(benchmark: Any) -> None:

@@ -108,7 +108,7 @@ def seconds_per_step(marks: list[float]) -> float:
 
 
 def mean_seconds(marks: list[float]) -> float:
-    """From end to end without the first step, the mean: a long step is compared with as long a time of short ones."""
+    """From end to end, the mean without the first step: a fastest tenth would favour short steps, of which more fit."""
     return (marks[-1] - marks[0]) / (len(marks) - 1)
 
 
@@ -144,10 +144,10 @@ def looped(
             if batch is None:
                 batches = iter(data)
                 batch = next(batches)
-            optimizer.zero_grad()
             model.loss(batch).backward()
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
+            optimizer.zero_grad()
         marks.append(clock())
     return marks
