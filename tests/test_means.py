@@ -94,6 +94,25 @@ def test_a_mean_is_taken_in_pieces_of_bounded_size(monkeypatch):
 
 
 @pytest.mark.parametrize("origin", [False, True])
+def test_the_rows_of_a_piece_do_not_begin_a_power_of_two_apart(origin, monkeypatch):
+    """Else they fall into the same few sets of the processor's cache, and push each other out."""
+    seen = []
+    products = MeanStatistics._products
+    monkeypatch.setattr(
+        MeanStatistics, "_products", lambda self, rows: seen.append(rows.stride(0)) or products(self, rows)
+    )
+    theta, workers = {"w": torch.randn(200_000)}, 16
+    replicas = [{"w": torch.randn(200_000)} for _ in range(workers)]
+
+    def read(worker):
+        return replicas[worker] if origin else Differences(["w"], theta, replicas[worker])
+
+    Channel(World(workers), lambda: 0).mean(["w"], read, statistics=MeanStatistics(theta if origin else None))
+    assert len(seen) > 4
+    assert all(stride % 512 for stride in seen)
+
+
+@pytest.mark.parametrize("origin", [False, True])
 def test_small_tensors_that_are_averaged_together_keep_their_bits(origin, monkeypatch):
     """Names, shapes and order, too; what is measured is the same up to the order of sums."""
     generator = torch.Generator().manual_seed(1)

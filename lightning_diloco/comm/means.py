@@ -26,6 +26,9 @@ SHORTEST = 1 << 15
 SMALL = 1 << 13
 """Tensors of at most so many elements are averaged together with others."""
 
+PAD = 16
+"""Elements between the rows of a buffer: rows that begin a power of two apart push each other out of the cache."""
+
 _TOGETHER = 16  # at a time: joining takes memory
 
 _VIEWS = 64  # pieces that are cut at a time: views take memory, too
@@ -160,10 +163,11 @@ class PieceMeans:
     def _buffer(self, length: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """Room for the rows of a piece: as a matrix, row by row, and without the first row."""
         if length not in self._views:
-            if len(self._room) < self._count * length:
-                self._room = self._room.new_empty(self._count * length)
+            padded = length + PAD
+            if len(self._room) < self._count * padded:
+                self._room = self._room.new_empty(self._count * padded)
                 self._views.clear()
-            rows = self._room[: self._count * length].view(self._count, length)
+            rows = self._room[: self._count * padded].view(self._count, padded)[:, :length]
             self._views[length] = rows, list(rows), rows[1:]
         return self._views[length]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diloco.comm.means import Joined, piece_length, pieces_of, row_of, shape_of
+from lightning_diloco.comm.means import PAD, Joined, piece_length, pieces_of, row_of, shape_of
 from lightning_diloco.comm.tensors import flat
 
 _BLOCK = 512
@@ -129,7 +129,7 @@ class MeanStatistics:
         if self._origin is None and isinstance(rows, Tensor):
             return rows
         length = rows[0].shape[0]
-        buffer = self._buffer("rows", len(rows), length, rows[0])
+        buffer = self._buffer("rows", len(rows), length + PAD, rows[0])[:, :length]
         if self._origin is None:
             for target, row in zip(buffer, rows, strict=True):
                 target.copy_(row)
