@@ -3,6 +3,9 @@
 Parts are measured by wrapping the functions in which they happen, each without the parts inside it, by the process's
 CPU time; the wrappers themselves cost about half a microsecond each. What is left of the step is Lightning's loop and
 ours around the turns, paid once per step and so divided by N here.
+
+The hand-written loop's forward, backward and arithmetic are the same calls of torch, and yet faster: where other code
+runs between them, Lightning's or any, they find the processor's caches cold.
 """
 
 import importlib
