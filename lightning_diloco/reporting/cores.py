@@ -1,6 +1,7 @@
 """How many cores this process may use.
 
-Owns the reading of what the system grants. What is said about it: ``summary.py``. Imports neither torch nor Lightning.
+Owns the reading of the system's limits. The advice that follows from them: ``summary.py``. Imports neither torch nor
+Lightning.
 """
 
 import math
@@ -14,7 +15,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
     A container with a quota (``docker run --cpus=2``, a limit of Kubernetes) sees all cores of the machine, and is
     stopped for the rest of every period in which it has used up its share. Quotas are looked for where Linux
-    distributions mount control groups; what can't be read there counts as no quota.
+    distributions mount control groups; an unreadable file counts as no quota.
 
     Args:
         root: where ``proc`` and ``sys`` are.

@@ -19,19 +19,9 @@ import torch
 
 from lightning_diloco import DilocoStrategy
 from tests.benchmarks.rows import Row, forget_peak, memory
-from tests.benchmarks.workloads import (
-    LARGE,
-    SMALL,
-    Marks,
-    gpt,
-    looped,
-    mean_seconds,
-    quiet,
-    text,
-    trainer,
-)
+from tests.benchmarks.workloads import LARGE, SMALL, Marks, gpt, looped, mean_seconds, quiet, text, trainer
 
-MANY = {1: 64, 8: 12, 64: 5}  # workers → local steps, some ten seconds
+MANY = {1: 64, 8: 12, 64: 5}  # workers → local steps, ten to thirty seconds
 
 
 class Watch(Marks):
