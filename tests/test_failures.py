@@ -26,7 +26,7 @@ TIMEOUT = timedelta(seconds=4)
 OF_LIGHTNINGS = r"ignore:.*(was called without a model|is set, but there is no last)"  # beside OnExceptionCheckpoint
 
 
-SLACK = 12  # seconds that a loaded machine may take beyond the timeout
+SLACK = 60  # seconds that a loaded machine may take beyond the timeout
 
 
 class Trouble(L.Callback):
@@ -64,7 +64,7 @@ def die() -> None:
 
 
 def hang() -> None:
-    time.sleep(60)
+    time.sleep(300)
 
 
 class Save(L.Callback):
@@ -83,7 +83,7 @@ def test_the_others_end_in_time_and_name_the_process(what: Any, rank: int, tmp_p
     children = start(run, 3, (), tmp_path / "out")
     survivors = [c for r, c in enumerate(children) if r != rank]
     for child in survivors:
-        child.join(60)
+        child.join(120)
     waited = time.time() - float((tmp_path / "since").read_text())
     children[rank].kill()
     results = outcomes(children, tmp_path / "out")
@@ -130,7 +130,7 @@ def test_an_exception_on_one_process_ends_all_without_a_deadlock_and_without_hal
 
     began = time.monotonic()
     results = outcomes(start(run, 2, (), tmp_path / "out"), tmp_path / "out")
-    assert time.monotonic() - began < TIMEOUT.total_seconds() + 30
+    assert time.monotonic() - began < TIMEOUT.total_seconds() + SLACK
     assert results[1] == ("raised", "ValueError: worker 1 is ill")
     assert results[0] is not None
     assert results[0][1].startswith("RuntimeError: Process 0 of 2 failed at self.log")

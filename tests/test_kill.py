@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import psutil
 import pytest
 import torch
 from helpers import assert_equal, loader, regression_data, trainer
@@ -23,6 +22,9 @@ pytestmark = pytest.mark.processes
 KILLS = 20
 
 
+LONGEST = 30  # steps of workers that a life may take before it ends, of 450
+
+
 FORK = multiprocessing.get_context("fork")
 
 
@@ -30,12 +32,15 @@ OTHER_FILE_SYSTEM = "/dev/shm"
 
 
 class Fails(Project):
-    """Raises in the step of a random worker at a random time of its process, if told so."""
+    """Counts the steps of the workers, and raises in worker 1 after ``last`` of them."""
 
-    deadline = float("inf")
+    def __init__(self, count: Any, last: float) -> None:
+        super().__init__()
+        self.count, self.last = count, last
 
     def training_step(self, batch, batch_idx):
-        if time.process_time() > self.deadline and self.trainer.strategy.current_worker == 1:
+        self.count.value += 1
+        if self.count.value > self.last and self.trainer.strategy.current_worker == 1:
             raise ValueError("worker 1 is ill")
         return super().training_step(batch, batch_idx)
 
@@ -47,12 +52,11 @@ class Save(L.Callback):
         trainer.save_checkpoint("last.ckpt")
 
 
-def train(deadline: float = float("inf")) -> None:
+def train(count: Any, last: float) -> None:
     if os.path.isdir(OTHER_FILE_SYSTEM):
         tempfile.tempdir = OTHER_FILE_SYSTEM
     L.seed_everything(5, verbose=False)
-    module, strategy = Fails(), DilocoStrategy(num_nodes=3, diloco_interval=4)
-    module.deadline = time.process_time() + deadline
+    module, strategy = Fails(count, last), DilocoStrategy(num_nodes=3, diloco_interval=4)
     t = trainer(strategy, max_epochs=30, callbacks=[Save()])
     path = "last.ckpt" if Path("last.ckpt").exists() else None
     t.fit(module, loader(regression_data(45), 3), ckpt_path=path)
@@ -68,14 +72,14 @@ def train(deadline: float = float("inf")) -> None:
 
 
 def run(how: str, rng: random.Random) -> bool:
-    """One life of the run, counted in processor time, since a machine may be busy; whether it came to its end."""
-    delay = rng.uniform(0.05, 0.5)
-    child: Any = FORK.Process(target=train, args=(delay,) if how == "exception" else ())
+    """One life of the run, counted in steps, since a machine may be slow; whether it came to its end."""
+    count, last = FORK.Value("i", lock=False), rng.randrange(LONGEST)
+    child: Any = FORK.Process(target=train, args=(count, last if how == "exception" else float("inf")))
     child.start()
     if how in ("SIGKILL", "SIGTERM"):
-        process = psutil.Process(child.pid)
-        while child.is_alive() and sum(process.cpu_times()[:2]) < delay:
-            time.sleep(0.01)
+        while child.is_alive() and count.value < last:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))  # anywhere in a step, or in the write after it
         if child.is_alive():
             os.kill(child.pid, getattr(signal, how))
     child.join(120)
@@ -101,7 +105,7 @@ def test_a_run_that_dies_again_and_again_ends_as_if_undisturbed(how: str, undist
         if Path("last.ckpt").exists():
             steps.append(torch.load("last.ckpt", weights_only=True)["diloco"]["local_steps"])
     assert steps == sorted(steps), "a restart never loses what a file holds"
-    assert len(set(steps)) > 3
+    assert len(set(steps)) > KILLS // 2, "the lives are long enough to get on"
     assert run("", rng)
     result = torch.load("result.pt", weights_only=True)
     assert repr(result["steps"]) == repr(undisturbed["steps"]) == "[150, 38]"

@@ -82,11 +82,11 @@ def test_processes_at_different_numbers_get_nothing(tmp_path: Path) -> None:
 def test_the_first_error_is_told_of_a_message_in_two_parts(tmp_path: Path) -> None:
     def rounds(rank: int, group: Any) -> Any:
         if rank == 0:
-            time.sleep(40)
+            time.sleep(300)
         return gather_objects(bytes(10 * ROOM), rank, 2, 0, group, timedelta(seconds=1))
 
     children = start(connected, 2, (rounds, 2), tmp_path)
-    children[1].join(30)
+    children[1].join(120)
     children[0].kill()
     outcome = outcomes(children, tmp_path)[1]
     assert outcome is not None
@@ -100,13 +100,13 @@ def test_process_0_names_all_that_do_not_come(missing: tuple[int, ...], tmp_path
         if rank in missing:
             if rank == 3:
                 os._exit(7)  # others that are missing hang
-            time.sleep(40)
+            time.sleep(300)
         return gather_objects(None, rank, 4, 0, group, timedelta(seconds=1.5))
 
     children = start(connected, 4, (rounds, 4), tmp_path)
     begun = time.monotonic()
-    children[0].join(30)
-    assert time.monotonic() - begun < 15
+    children[0].join(120)
+    assert time.monotonic() - begun < 60
     for rank in missing:
         children[rank].kill()
     results = outcomes(children, tmp_path)
@@ -122,11 +122,11 @@ def test_process_0_names_all_that_do_not_come(missing: tuple[int, ...], tmp_path
 def test_a_missing_process_0_is_named(tmp_path: Path) -> None:
     def rounds(rank: int, group: Any) -> Any:
         if rank == 0:
-            time.sleep(40)
+            time.sleep(300)
         return gather_objects(None, rank, 2, 0, group, timedelta(seconds=1))
 
     children = start(connected, 2, (rounds, 2), tmp_path)
-    children[1].join(30)
+    children[1].join(120)
     children[0].kill()
     results = outcomes(children, tmp_path)
     assert results[1] is not None

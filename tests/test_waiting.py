@@ -161,7 +161,7 @@ def _late(late: int, seconds: float | None, timeout: float, log: Path) -> tuple[
     class Late(Net):
         def training_step(self, batch, batch_idx):
             if self.trainer.strategy._world.rank == late and self.trainer.global_step == 2:
-                time.sleep(1.2 if timeout > 10 else 15)
+                time.sleep(2 if timeout > 10 else 300)
             return self.loss(batch)
 
     messages: list[str] = []
@@ -183,7 +183,7 @@ def _late(late: int, seconds: float | None, timeout: float, log: Path) -> tuple[
 @pytest.mark.processes
 @pytest.mark.parametrize("late", [0, 1])
 def test_two_processes_of_which_one_is_late(late: int, tmp_path: Path) -> None:
-    says = run(_late, 2, late, 0.4, 60.0, tmp_path / "log", out=tmp_path / "on")
+    says = run(_late, 2, late, 0.8, 60.0, tmp_path / "log", out=tmp_path / "on")
     silent = run(_late, 2, late, None, 60.0, tmp_path / "log", out=tmp_path / "off")
     for messages, _, threads in (*says, *silent):
         assert "diloco-watcher" not in threads
@@ -236,7 +236,10 @@ def test_a_script_with_a_progress_bar(start_method: str, tmp_path: Path) -> None
 @pytest.mark.processes
 def test_the_timeout_still_ends_a_wait(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first, _ = outcomes(start(_late, 2, (1, 0.5, 5.0, log), tmp_path), tmp_path)
+    children = start(_late, 2, (1, 0.5, 5.0, log), tmp_path)
+    children[0].join(120)
+    children[1].kill()
+    first, _ = outcomes(children, tmp_path)
     assert first is not None
     assert first[0] == "raised"
     assert "Process 0 of 2 failed at the synchronisation after 4 local steps. If another process has exited" in first[1]
