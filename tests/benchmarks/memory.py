@@ -5,14 +5,19 @@
 * N = 64 of a model of 10 M parameters: the whole process over N · (parameters + inner state) + two models; the peak
   of an outer step beyond the memory before it, in models; and the CPU time per worker-step (the mean without the
   first step) over that of N = 1, and over that of a hand-written loop, which holds 64 models with their states.
+
+These processes keep freed memory. glibc gives that of a large model's gradients back to the system in some runs and not
+in others, whatever code asks for it, and then up to a third of a step goes into page faults.
 """
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -22,6 +27,7 @@ from tests.benchmarks.rows import Row, forget_peak, memory
 from tests.benchmarks.workloads import LARGE, SMALL, Marks, gpt, looped, mean_seconds, quiet, text, trainer
 
 MANY = {1: 64, 8: 12, 64: 5}  # workers → local steps, ten to thirty seconds
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
 
 class Watch(Marks):
@@ -82,8 +88,13 @@ def measured(function: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of its own, forked from one that has imported everything and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with context.Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with mock.patch.dict(os.environ, KEEP_FREED), context.Pool(1) as pool:  # glibc reads them when a process starts
+        return pool.apply(_with_freed_memory_kept, (function, *arguments))
+
+
+def _with_freed_memory_kept(function: Callable[..., Any], *arguments: Any) -> Any:
+    assert KEEP_FREED.items() <= os.environ.items(), "the server of forks was running before"
+    return function(*arguments)
 
 
 def rows(repeats: int) -> Iterator[Row]:
