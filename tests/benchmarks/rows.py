@@ -66,10 +66,16 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def start(module: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process of its own, which prints JSON in its last line. As users have it, Lightning sets its threads."""
+def start(module: str, *arguments: object, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """A process of its own, which prints JSON in its last line. As users have it, Lightning sets its threads.
+
+    Args:
+        module: of ``tests.benchmarks``.
+        arguments: of its command.
+        launcher: arguments of Python in front, which start the module.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-    command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
 
 
