@@ -58,10 +58,12 @@ class Failing(Drawn):
 
 
 class Dying(Drawn):
-    """Kills its process, once, in a step of the run with seed 1, if a file says so."""
+    """Kills its process, once, in a step of the run with seed 1, or stays in one with seed 2, if a file says so."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         order = Path("die")
+        if os.environ["PL_GLOBAL_SEED"] == "2" and Path("stay").exists():
+            signal.pause()
         if os.environ["PL_GLOBAL_SEED"] == "1" and batch_idx == 6 and order.exists():
             order.unlink()
             os.kill(os.getpid(), signal.SIGKILL)

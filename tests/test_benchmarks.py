@@ -178,5 +178,7 @@ def test_no_process_is_left_after_a_signal(number: int, tmp_path: Path) -> None:
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 128 + number, errors
     assert not re.search("Traceback", errors)
-    assert not of_command(str(tmp_path))
+    while of_command(str(tmp_path)):  # the second process has been killed, and may still be on the list
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert not list(tmp_path.glob("alternatives_*"))

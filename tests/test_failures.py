@@ -20,7 +20,7 @@ from lightning_diloco import DilocoStrategy
 
 pytestmark = pytest.mark.processes
 
-TIMEOUT = timedelta(seconds=4)
+TIMEOUT = timedelta(seconds=4)  # where it is waited for; elsewhere a busy machine may take longer
 
 
 OF_LIGHTNINGS = r"ignore:.*(was called without a model|is set, but there is no last)"  # beside OnExceptionCheckpoint
@@ -53,7 +53,7 @@ class InValidation(Trouble):
 
 def fit(folder: Path, callbacks: list[Any], workers: int = 4, devices: int = 3, **strategy: Any) -> Any:
     L.seed_everything(5, verbose=False)
-    diloco = DilocoStrategy(num_nodes=workers, diloco_interval=4, timeout=TIMEOUT, **strategy)
+    diloco = DilocoStrategy(num_nodes=workers, diloco_interval=4, **{"timeout": timedelta(minutes=1), **strategy})
     t = trainer(diloco, devices=devices, max_steps=16, max_epochs=-1, callbacks=callbacks, default_root_dir=folder)
     t.fit(Project(), loader(regression_data(72), 4))
     return diloco
@@ -78,7 +78,7 @@ class Save(L.Callback):
 @pytest.mark.parametrize("what", [die, hang])
 def test_the_others_end_in_time_and_name_the_process(what: Any, rank: int, tmp_path: Path) -> None:
     def run() -> None:
-        fit(tmp_path, [Save(), Trouble(rank, what, tmp_path)], workers=3)
+        fit(tmp_path, [Save(), Trouble(rank, what, tmp_path)], workers=3, timeout=TIMEOUT)
 
     children = start(run, 3, (), tmp_path / "out")
     survivors = [c for r, c in enumerate(children) if r != rank]
@@ -114,7 +114,7 @@ class Ill(Project):
 def test_an_exception_on_one_process_ends_all_without_a_deadlock_and_without_half_a_file(tmp_path: Path) -> None:
     def run() -> None:
         L.seed_everything(5, verbose=False)
-        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=TIMEOUT)
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(minutes=1))
         callbacks = [OnExceptionCheckpoint(tmp_path / "rescue"), Save()]
         t = trainer(
             diloco, devices=2, max_steps=16, max_epochs=-1, callbacks=callbacks, default_root_dir=tmp_path,
@@ -130,7 +130,7 @@ def test_an_exception_on_one_process_ends_all_without_a_deadlock_and_without_hal
 
     began = time.monotonic()
     results = outcomes(start(run, 2, (), tmp_path / "out"), tmp_path / "out")
-    assert time.monotonic() - began < TIMEOUT.total_seconds() + SLACK
+    assert time.monotonic() - began < SLACK
     assert results[1] == ("raised", "ValueError: worker 1 is ill")
     assert results[0] is not None
     assert results[0][1].startswith("RuntimeError: Process 0 of 2 failed at self.log")
@@ -210,7 +210,7 @@ def test_processes_that_part_ways_are_told_so(tmp_path: Path) -> None:
             def on_train_batch_start(self, batch, batch_idx):
                 return -1 if batch_idx == 2 and self.trainer.global_rank == 1 else None
 
-        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=TIMEOUT)
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(minutes=1))
         t = trainer(diloco, devices=2, max_epochs=3, default_root_dir=tmp_path)
         t.fit(Skips(), loader(regression_data(72), 4))
 
@@ -245,7 +245,7 @@ def test_a_value_that_one_process_logs_is_named(tmp_path: Path) -> None:
             return self.loss(batch)
 
     def run() -> None:
-        diloco = DilocoStrategy(num_nodes=2, diloco_interval=9, timeout=TIMEOUT)
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=9, timeout=timedelta(minutes=1))
         trainer(diloco, devices=2, max_epochs=1, default_root_dir=tmp_path).fit(LogsAlone(), loader())
 
     for error in raised(run, 2, tmp_path):
@@ -256,10 +256,10 @@ def test_a_value_that_one_process_logs_is_named(tmp_path: Path) -> None:
 def test_a_process_that_is_long_over_the_end_spoils_nothing(tmp_path: Path) -> None:
     class Late(L.Callback):
         def on_train_end(self, trainer, pl_module):
-            time.sleep(8 * trainer.is_global_zero)
+            time.sleep(16 * trainer.is_global_zero)
 
     def run() -> tuple[int, bool]:
-        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(seconds=3))
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(seconds=6))
         t = trainer(diloco, devices=2, max_steps=6, callbacks=[Late()], default_root_dir=tmp_path)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
@@ -285,7 +285,7 @@ def test_an_error_is_not_hidden_by_what_the_others_do(tmp_path: Path) -> None:
                 raise ValueError("ill")
 
     def run() -> None:
-        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=TIMEOUT)
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(minutes=1))
         trainer(diloco, devices=2, max_epochs=2, callbacks=[Curious()], default_root_dir=tmp_path).fit(
             Fails(), loader()
         )
@@ -343,7 +343,7 @@ def test_sigterm_stops_all_after_the_next_synchronisation_with_a_file_that_resum
 ) -> None:
     def run(resume: bool = False) -> Any:
         L.seed_everything(5, verbose=False)
-        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=TIMEOUT)
+        diloco = DilocoStrategy(num_nodes=2, diloco_interval=4, timeout=timedelta(minutes=1))
         trouble = (Trouble if during == "training" else InValidation)(
             -1 if resume else receiver, lambda: os.kill(os.getpid(), signal.SIGTERM), tmp_path
         )

@@ -79,13 +79,13 @@ def test_the_next_save_removes_leftovers_but_no_file_that_somebody_writes(tmp_pa
     def waits(descriptor: int) -> None:
         if threading.current_thread() is not threading.main_thread():
             began.set()
-            assert go_on.wait(10)
+            assert go_on.wait(60)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", waits)
     thread = threading.Thread(target=io.save_checkpoint, args=(LARGE, tmp_path / "slow.ckpt"))
     thread.start()
-    assert began.wait(10)
+    assert began.wait(60)
     io.save_checkpoint({"x": 1}, tmp_path / "quick.ckpt")
     assert len([n for n in os.listdir() if n.endswith(".part")]) == 1, "the slow one's; the leftover is gone"
     go_on.set()

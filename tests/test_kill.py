@@ -22,7 +22,7 @@ pytestmark = pytest.mark.processes
 KILLS = 20
 
 
-LONGEST = 30  # steps of workers that a life may take before it ends, of 450
+LONGEST = 40  # events before a life ends, of 600: the steps of three workers, and the write after them
 
 
 FORK = multiprocessing.get_context("fork")
@@ -32,31 +32,35 @@ OTHER_FILE_SYSTEM = "/dev/shm"
 
 
 class Fails(Project):
-    """Counts the steps of the workers, and raises in worker 1 after ``last`` of them."""
+    """Counts the steps of the workers. After event ``last`` worker 1 raises, or waits for a signal that is late."""
 
-    def __init__(self, count: Any, last: float) -> None:
+    def __init__(self, count: Any, how: str, last: float) -> None:
         super().__init__()
-        self.count, self.last = count, last
+        self.count, self.how, self.last = count, how, last
 
     def training_step(self, batch, batch_idx):
         self.count.value += 1
         if self.count.value > self.last and self.trainer.strategy.current_worker == 1:
-            raise ValueError("worker 1 is ill")
+            if self.how == "exception":
+                raise ValueError("worker 1 is ill")
+            while self.count.value > self.last + 20 and not self.trainer.received_sigterm:
+                time.sleep(0.01)
         return super().training_step(batch, batch_idx)
 
 
 class Save(L.Callback):
-    """Writes the same file after every batch: a kill has every chance to hit a write."""
+    """Writes the same file after every batch, and counts: a kill has every chance to hit a write."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.count.value += 1
         trainer.save_checkpoint("last.ckpt")
 
 
-def train(count: Any, last: float) -> None:
+def train(count: Any, how: str, last: float) -> None:
     if os.path.isdir(OTHER_FILE_SYSTEM):
         tempfile.tempdir = OTHER_FILE_SYSTEM
     L.seed_everything(5, verbose=False)
-    module, strategy = Fails(count, last), DilocoStrategy(num_nodes=3, diloco_interval=4)
+    module, strategy = Fails(count, how, last), DilocoStrategy(num_nodes=3, diloco_interval=4)
     t = trainer(strategy, max_epochs=30, callbacks=[Save()])
     path = "last.ckpt" if Path("last.ckpt").exists() else None
     t.fit(module, loader(regression_data(45), 3), ckpt_path=path)
@@ -72,12 +76,13 @@ def train(count: Any, last: float) -> None:
 
 
 def run(how: str, rng: random.Random) -> bool:
-    """One life of the run, counted in steps, since a machine may be slow; whether it came to its end."""
+    """One life of the run, counted in events, since a machine may be slow; whether it came to its end."""
     count, last = FORK.Value("i", lock=False), rng.randrange(LONGEST)
-    child: Any = FORK.Process(target=train, args=(count, last if how == "exception" else float("inf")))
+    child: Any = FORK.Process(target=train, args=(count, how, last if how else float("inf")), daemon=True)
     child.start()
     if how in ("SIGKILL", "SIGTERM"):
-        while child.is_alive() and count.value < last:
+        deadline = time.monotonic() + 120
+        while child.is_alive() and count.value < last and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01))  # anywhere in a step, or in the write after it
         if child.is_alive():

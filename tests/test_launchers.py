@@ -41,7 +41,7 @@ class Module(BoringModel):
             raise ValueError("ill")
         if "slow" in sys.argv:
             open(f"pid{self.trainer.global_rank}", "w").write(str(os.getpid()))
-            time.sleep(1)
+            time.sleep(300)
 
 if __name__ == "__main__":
     atexit.register(lambda: torch.distributed.is_initialized() and print("threads of gloo meet the end of Python"))
@@ -123,7 +123,7 @@ def test_popen_spawn_and_fork_train_as_one_process_does(tmp_path: Path) -> None:
         assert all(torch.equal(state[key], value) for key, value in expected.items()), method
 
 
-def pids(folder: Path, limit: float = 60) -> list[psutil.Process]:
+def pids(folder: Path, limit: float = 120) -> list[psutil.Process]:
     """The training processes, as soon as both train."""
     deadline = time.monotonic() + limit
     files = [folder / "pid0", folder / "pid1"]

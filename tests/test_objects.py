@@ -63,8 +63,8 @@ def test_nobody_goes_on_before_the_last_has_come(tmp_path: Path) -> None:
 
 def test_who_comes_before_process_0_waits_as_long_as_it_does(tmp_path: Path) -> None:
     def rounds(rank: int, group: Any) -> list[Any]:
-        time.sleep((2.5, 0, 5)[rank])  # the last comes later after the first than the timeout
-        return gather_objects(rank, rank, 3, 0, group, timedelta(seconds=4))
+        time.sleep((4.5, 0, 9)[rank])  # the last comes later after the first than the timeout
+        return gather_objects(rank, rank, 3, 0, group, timedelta(seconds=8))
 
     assert run(connected, 3, rounds, 3, out=tmp_path) == [[0, 1, 2]] * 3
 
@@ -87,6 +87,7 @@ def test_the_first_error_is_told_of_a_message_in_two_parts(tmp_path: Path) -> No
 
     children = start(connected, 2, (rounds, 2), tmp_path)
     children[1].join(120)
+    assert not children[1].is_alive()
     children[0].kill()
     outcome = outcomes(children, tmp_path)[1]
     assert outcome is not None
@@ -101,7 +102,7 @@ def test_process_0_names_all_that_do_not_come(missing: tuple[int, ...], tmp_path
             if rank == 3:
                 os._exit(7)  # others that are missing hang
             time.sleep(300)
-        return gather_objects(None, rank, 4, 0, group, timedelta(seconds=1.5))
+        return gather_objects(None, rank, 4, 0, group, timedelta(seconds=4))
 
     children = start(connected, 4, (rounds, 4), tmp_path)
     begun = time.monotonic()
@@ -127,6 +128,7 @@ def test_a_missing_process_0_is_named(tmp_path: Path) -> None:
 
     children = start(connected, 2, (rounds, 2), tmp_path)
     children[1].join(120)
+    assert not children[1].is_alive()
     children[0].kill()
     results = outcomes(children, tmp_path)
     assert results[1] is not None

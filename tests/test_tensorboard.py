@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import yaml
 from helpers import Net, loader, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from processes import run
+from processes import free_port, run
 from telemetry import LAYERS, expected, joined, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -350,9 +349,7 @@ def test_a_real_server_shows_a_row_per_run(tmp_path: Path) -> None:
         strategy = DilocoStrategy(num_nodes=2, diloco_interval=interval)
         t = trainer(strategy, logger=TensorBoardLogger(tmp_path, name=None, version=name), max_steps=4, max_epochs=-1)
         t.fit(WithHparams(), datamodule=Data())
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -375,7 +372,7 @@ def _rows(port: int, wanted: int) -> list[dict[str, Any]]:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         try:
             experiment = ask("experiment", {"experimentName": ""})

@@ -126,6 +126,7 @@ def test_a_watcher_ends_with_its_store_and_when_it_is_stopped() -> None:
         if isinstance(store, HashStore):
             assert watcher._thread.is_alive()
         watcher.stop()
+        watcher._thread.join(60)
         assert not watcher._thread.is_alive()
 
 
@@ -183,15 +184,16 @@ def _late(late: int, seconds: float | None, timeout: float, log: Path) -> tuple[
 @pytest.mark.processes
 @pytest.mark.parametrize("late", [0, 1])
 def test_two_processes_of_which_one_is_late(late: int, tmp_path: Path) -> None:
+    at = "the synchronisation after 4 local steps"  # elsewhere processes may be late on a busy machine
     says = run(_late, 2, late, 0.8, 60.0, tmp_path / "log", out=tmp_path / "on")
     silent = run(_late, 2, late, None, 60.0, tmp_path / "log", out=tmp_path / "off")
     for messages, _, threads in (*says, *silent):
         assert "diloco-watcher" not in threads
         del messages
-    assert says[late][0] == [] == silent[0][0] == silent[1][0]
-    (message,) = says[1 - late][0]
-    at = "the synchronisation after 4 local steps"
-    assert re.fullmatch(rf"waiting for process {late} at {at} \([01] s\)", message)
+    there = [[message for message in messages if at in message] for messages, _, _ in says]
+    assert there[late] == [] == silent[0][0] == silent[1][0]
+    (message,) = there[1 - late]
+    assert re.fullmatch(rf"waiting for process {late} at {at} \(\d+ s\)", message)
     for rank in (0, 1):
         assert_same(says[rank][1], silent[rank][1])
 
@@ -230,21 +232,22 @@ def test_a_script_with_a_progress_bar(start_method: str, tmp_path: Path) -> None
     found = re.findall(r"waiting for .*", ended.stdout + ended.stderr)
     found = [line for line in found if "synchronisation" in line]  # processes may start at different times
     assert len(found) == 1
-    assert re.match(r"waiting for process 1 at the synchronisation after 4 local steps \([12] s\)", found[0])
+    assert re.match(r"waiting for process 1 at the synchronisation after 4 local steps \(\d+ s\)", found[0])
 
 
 @pytest.mark.processes
 def test_the_timeout_still_ends_a_wait(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    children = start(_late, 2, (1, 0.5, 5.0, log), tmp_path)
-    children[0].join(120)
+    children = start(_late, 2, (1, 0.5, 8.0, log), tmp_path)
+    children[0].join(60)
+    assert not children[0].is_alive()
     children[1].kill()
     first, _ = outcomes(children, tmp_path)
     assert first is not None
     assert first[0] == "raised"
     assert "Process 0 of 2 failed at the synchronisation after 4 local steps. If another process has exited" in first[1]
     said = log.read_text().splitlines()[-1]
-    assert re.fullmatch(r"0: waiting for process 1 at the synchronisation after 4 local steps \(\d s\)", said)
+    assert re.fullmatch(r"0: waiting for process 1 at the synchronisation after 4 local steps \(\d+ s\)", said)
 
 
 def test_no_watch_within_one_process() -> None:
