@@ -1,9 +1,11 @@
 """Are all numbers of an outer step right, in every layout, and does measuring them change nothing?"""
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning as L
 import numpy as np
 import pytest
 import telemetry
@@ -23,6 +25,7 @@ from lightning_diloco import (
 )
 from lightning_diloco.algorithms.layers import layer_groups
 from lightning_diloco.reporting.metrics import SCALARS
+from lightning_diloco.state.outer import Outer
 
 UNKNOWN = {"diloco/outer_seconds", "diloco/inner_seconds", "diloco/waiting_seconds", "diloco/comm_bytes"}
 
@@ -359,6 +362,28 @@ def test_only_one_workers_tensor_is_made_at_a_time() -> None:
 
 
 # ---------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("diagnostics", [True, False])
+def test_the_pseudo_gradient_is_gone_after_its_step(diagnostics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's worth of memory, which the workers' next turns can use."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    step = Outer.step
+
+    def noted(self: Outer, names: Any, delta: Any) -> None:
+        seen.extend(weakref.ref(tensor) for tensor in delta.values())
+        step(self, names, delta)
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            alive.append(sum(ref() is not None for ref in seen))
+
+    alive: list[int] = []
+    monkeypatch.setattr(Outer, "step", noted)
+    strategy = DilocoStrategy(num_nodes=2, diloco_interval=2, diagnostics=diagnostics)
+    trainer(strategy, max_steps=6, callbacks=[Looks()]).fit(Net(), loader())
+    assert len(seen) == 3 * len(list(Net().parameters()))
+    assert alive == [0] * 6
 
 
 def test_layers_of_a_large_model_are_joined_in_runs() -> None:

@@ -124,8 +124,6 @@ class Synchronisation:
         ctx = self._context
         ctx.step = ctx.local_steps
         self._started, ctx.sender.seconds = time.perf_counter(), 0.0
-        if self._meter is not None:
-            self._meter.forget()
 
     def _measured(self, transfer: Transfer) -> dict[str, Any]:
         """What the report says of the arrival of a transfer besides its sending; nothing without diagnostics."""
@@ -188,6 +186,8 @@ class Synchronisation:
         if ctx.alone:
             self._restart(ctx.alone)
         ctx.taken, ctx.merged, ctx.alone = [], set(), []
+        if self._meter is not None:
+            self._meter.forget()  # Δ, whose memory the workers' next turns can use
         return reports
 
     def _apply_policies(self, transfer: Transfer, at_the_end: bool) -> None:

@@ -39,7 +39,7 @@ class OuterStepMeter:
         self._seen.append((delta, {name: inner_products(delta, momenta, name) for name in momenta}))
 
     def forget(self) -> None:
-        """A new local step begins."""
+        """A local step has ended."""
         self._seen.clear()
 
     def layers(

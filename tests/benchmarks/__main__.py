@@ -4,7 +4,7 @@ Rows: a local step against the plain Trainer and against a hand-written loop; tw
 step against plain PyTorch; memory per worker, and many workers. ``ratio`` is the median over the repeats, with the
 least and the most; behind it stand the medians of the two figures. After the table: where the time of a step goes.
 
-Run ``python -m tests.benchmarks`` on a quiet machine with two cores: about ten minutes.
+Run ``python -m tests.benchmarks`` on a quiet machine with two cores: five minutes, ten if it is busy.
 """
 
 import argparse

@@ -3,21 +3,21 @@
 * memory per extra worker: growth of the peak, outer steps included, fitted over N = 2, 4, 8, over a worker's
   parameters and inner optimizer state (byte GPT, 19 MB);
 * N = 64 of a model of 10 M parameters: the whole process over N · (parameters + inner state) + two models; the peak
-  of an outer step beyond the memory before it, in models; and the CPU time per worker-step (the mean without the
+  of an outer step beyond the memory around it, in models; and the CPU time per worker-step (the mean without the
   first step) over that of N = 1, and over that of a hand-written loop, which holds 64 models with their states.
 
-These processes keep freed memory. glibc gives that of a large model's gradients back to the system in some runs and not
-in others, whatever code asks for it, and then up to a third of a step goes into page faults.
+These processes keep freed memory until the last step, whose memory is measured. By itself glibc gives that of a large
+model's gradients back to the system in some runs and not in others, whichever code has allocated it, and then up to a
+third of a step goes into page faults.
 """
 
+import ctypes
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import torch
@@ -27,7 +27,6 @@ from tests.benchmarks.rows import Row, forget_peak, memory
 from tests.benchmarks.workloads import LARGE, SMALL, Marks, gpt, looped, mean_seconds, quiet, text, trainer
 
 MANY = {1: 64, 8: 12, 64: 5}  # workers → local steps, ten to thirty seconds
-KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
 
 class Watch(Marks):
@@ -37,6 +36,7 @@ class Watch(Marks):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps - 1:
+            keep_freed(2**17)
             self.before = memory("VmRSS")
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -88,13 +88,20 @@ def measured(function: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of its own, forked from one that has imported everything and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with mock.patch.dict(os.environ, KEEP_FREED), context.Pool(1) as pool:  # glibc reads them when a process starts
+    with context.Pool(1) as pool:
         return pool.apply(_with_freed_memory_kept, (function, *arguments))
 
 
 def _with_freed_memory_kept(function: Callable[..., Any], *arguments: Any) -> Any:
-    assert KEEP_FREED.items() <= os.environ.items(), "the server of forks was running before"
+    keep_freed(2**31 - 1)
     return function(*arguments)
+
+
+def keep_freed(most: int) -> None:
+    """At most so many bytes at the end of glibc's heap from now on; the rest goes back to the system."""
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # of <malloc.h>
+    assert libc.mallopt(trim_threshold, most) == libc.mallopt(mmap_threshold, 2**25) == 1, "glibc refuses"
+    libc.malloc_trim(most)
 
 
 def rows(repeats: int) -> Iterator[Row]:
@@ -107,7 +114,8 @@ def rows(repeats: int) -> Iterator[Row]:
     many = {n: measured(measure, n, steps, steps, LARGE) for n, steps in MANY.items()}
     last = max(MANY)
     most = many[last]
-    total, outer = most["before"] - most["bare"], most["peak"] - most["before"]
+    total = most["before"] - most["bare"]
+    outer = most["peak"] - most["before"] - most["model"]  # the first outer step's momentum stays
     expected = last * most["worker"] + 2 * most["model"]
     name = f"N = {last}, {most['model'] / 4e6:.1f} M parameters"
     yield Row(

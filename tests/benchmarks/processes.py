@@ -5,8 +5,8 @@
   from the end of a local step to the end of the next, the fastest tenth. An outer step falls into no timed step.
 * Start-up: the time from the command to the end of the first step beyond that of one process, for a process that runs
   the script once more when the fit begins ("popen", the default of scripts), for two that ``torchrun`` starts at the
-  same time, and for a copy of the process ("fork"). A started script imports everything again; how long Python takes
-  for ``import lightning`` alone is the floor.
+  same time, and for a copy of the process ("fork"). A started script imports everything again: so the times stand
+  beside how long Python takes for ``import lightning`` alone.
 
 Needs two idle cores. All processes are started afresh for every repeat, and the ways take turns.
 """
@@ -57,7 +57,7 @@ def rows(repeats: int) -> Iterator[Row]:
     steps: dict[str, list[float]] = {"one": [], "two": [], "hand": []}
     first: dict[str, list[float]] = {way: [] for way in WAYS}
     imports: list[float] = []
-    for _ in range((repeats + 1) // 2):  # each starts ten processes, most of whose time is imports
+    for _ in range((repeats + 1) // 2):  # each starts Python ten times, most of whose time is imports
         for name, way in WAYS.items():
             begun = time.time()
             measured = result(start("processes", *way, launcher=TORCHRUN if name == "torchrun" else ()))

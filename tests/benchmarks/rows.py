@@ -72,7 +72,7 @@ def start(module: str, *arguments: object, launcher: Sequence[str] = ()) -> subp
     Args:
         module: of ``tests.benchmarks``.
         arguments: of its command.
-        launcher: arguments of Python in front, which start the module.
+        launcher: arguments of Python before the module's, of a program that starts it.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     command = [sys.executable, *launcher, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
