@@ -361,9 +361,6 @@ def test_only_one_workers_tensor_is_made_at_a_time() -> None:
         trainer(strategy, callbacks=[Look()], max_steps=2, max_epochs=-1).fit(Net(), loader())
 
 
-# ---------------------------------------------------------------------------------------- layers
-
-
 @pytest.mark.parametrize("diagnostics", [True, False])
 def test_the_pseudo_gradient_is_gone_after_its_step(diagnostics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's worth of memory, which the workers' next turns can use."""
@@ -384,6 +381,9 @@ def test_the_pseudo_gradient_is_gone_after_its_step(diagnostics: bool, monkeypat
     trainer(strategy, max_steps=6, callbacks=[Looks()]).fit(Net(), loader())
     assert len(seen) == 3 * len(list(Net().parameters()))
     assert alive == [0] * 6
+
+
+# ---------------------------------------------------------------------------------------- layers
 
 
 def test_layers_of_a_large_model_are_joined_in_runs() -> None:
